@@ -1,0 +1,92 @@
+"""What a compression did: one row for each site, the layers left alone, and a network's size and cost."""
+
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+
+@dataclass
+class SiteReport:
+    """What happened at one site.
+
+    Attributes:
+        name: the producing layer.
+        before: neurons of the original.
+        after: neurons that stayed.
+        method: the method that was used, which may be a fallback.
+        merged: removed neurons that were folded into a kept one.
+        negative: negative scaling entries, which a ReLU does not pass (the published formulation has some).
+        note: why the method fell back, if it did.
+    """
+
+    name: str
+    before: int
+    after: int
+    method: str
+    merged: int = 0
+    negative: int = 0
+    note: str = ""
+
+
+@dataclass
+class Report:
+    """All sites of one compression, and the layers that could not be compressed, with the reason."""
+
+    sites: list[SiteReport] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Neurons that stayed, by site."""
+        return {site.name: site.after for site in self.sites}
+
+    @property
+    def notes(self) -> list[str]:
+        """The sentences that a reader of the result should see."""
+        notes = [f"{site.name}: {site.note}" for site in self.sites if site.note]
+        negative = sum(site.negative for site in self.sites)
+        if negative:
+            notes.append(f"{negative} negative scaling entries kept, as published")
+        return notes
+
+    def to_dict(self) -> dict:
+        """Plain dictionaries and lists, for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        """A table in plain text, a line for each site."""
+        rows = [f"{'site':32} {'before':>7} {'after':>7} {'merged':>7}  method"]
+        for site in self.sites:
+            note = f" ({site.note})" if site.note else ""
+            rows.append(f"{site.name:32} {site.before:7} {site.after:7} {site.merged:7}  {site.method}{note}")
+        return "\n".join(rows + [f"{name:32} left alone: {reason}" for name, reason in self.skipped.items()])
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Size and work of a network.
+
+    Attributes:
+        parameters: number of learned values.
+        macs: multiply-accumulates for one image, by torch's flop counter.
+    """
+
+    parameters: int
+    macs: int
+
+
+def cost(model: nn.Module, example_input: Tensor) -> Cost:
+    """Count a network's parameters, and its multiply-accumulates on the first image of `example_input`.
+
+    >>> cost(nn.Linear(4, 2), torch.zeros(1, 4))
+    Cost(parameters=10, macs=8)
+    """
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(example_input[:1])
+    for module, mode in training.items():
+        module.training = mode
+    return Cost(sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2)

@@ -1,0 +1,119 @@
+"""Second room: which neurons stay (a criterion), and how many (a budget)."""
+
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor
+
+from nm_lightning.compression.trace import Site
+from nm_lightning.errors import InputError
+
+Rounding = Callable[[int, float], int]
+
+
+def l1_norm(vectors: Tensor) -> Tensor:
+    """Sum of absolute weights of each neuron: `(n, d)` to `(n,)` (Li et al., ICLR 2017)."""
+    return vectors.abs().sum(dim=1)
+
+
+def l2_norm(vectors: Tensor) -> Tensor:
+    """Euclidean norm of each neuron: `(n, d)` to `(n,)` (He et al., IJCAI 2018)."""
+    return vectors.norm(dim=1)
+
+
+def l2_geometric_median(vectors: Tensor) -> Tensor:
+    """Sum of Euclidean distances to all other neurons: `(n, d)` to `(n,)` (FPGM, He et al., CVPR 2019).
+
+    Neurons near the geometric median have small sums: the others can stand in for them.
+    """
+    return torch.cdist(vectors.double(), vectors.double()).sum(dim=1)
+
+
+CRITERIA: dict[str, Callable[[Tensor], Tensor]] = {
+    "l1-norm": l1_norm,
+    "l2-norm": l2_norm,
+    "l2-GM": l2_geometric_median,
+}
+
+
+def survivors(scores: Tensor, width: int) -> Tensor:
+    """The indices of the `width` largest scores, ascending; among equal scores the first neurons stay.
+
+    >>> survivors(torch.tensor([3.0, 1.0, 3.0, 2.0]), 2)
+    tensor([0, 2])
+    """
+    return torch.argsort(scores, descending=True, stable=True)[:width].sort().values
+
+
+def floor(neurons: int, ratio: float) -> int:
+    """`floor(n (1 - r))`, at least 1; a product that is whole but for rounding counts as whole.
+
+    >>> floor(20, 0.9), floor(16, 0.3), floor(2, 0.9)
+    (2, 11, 1)
+    """
+    return max(1, int(round(neurons * (1 - ratio), 9)))
+
+
+def choose(sites: Sequence[Site], patterns: str | Sequence[str] | None) -> list[Site]:
+    """The sites whose layer names match one of the glob patterns; all of them where `patterns` is None.
+
+    Raises:
+        InputError: a pattern matches no site.
+    """
+    if patterns is None:
+        return list(sites)
+    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    for pattern in patterns:
+        if not any(fnmatchcase(site.name, pattern) for site in sites):
+            raise InputError(f"sites {pattern!r} matches none of: {_listing(sites)}")
+    return [site for site in sites if any(fnmatchcase(site.name, pattern) for pattern in patterns)]
+
+
+def budget(
+    sites: Sequence[Site],
+    ratio: float = 0.0,
+    widths: Sequence[int] | Mapping[str, int] | None = None,
+    rounding: Rounding = floor,
+) -> dict[str, int]:
+    """How many neurons stay at each site.
+
+    Args:
+        sites: the sites to compress.
+        ratio: the share of neurons to remove, in [0, 1).
+        widths: the survivors themselves: one integer for each site in order, or by name (the other sites then
+            follow `ratio`).
+        rounding: `(neurons, ratio)` to the number of survivors.
+
+    Returns:
+        The number of survivors by site name.
+
+    Raises:
+        InputError: a ratio outside [0, 1), or widths that don't fit the sites.
+    """
+    check_ratio(ratio)
+    counts = {site.name: rounding(site.width, ratio) if ratio else site.width for site in sites}
+    if isinstance(widths, Mapping):
+        unknown = [name for name in widths if name not in counts]
+        if unknown:
+            raise InputError(f"widths name the site {unknown[0]!r}, which is none of: {_listing(sites)}")
+        counts |= widths
+    elif widths is not None:
+        if len(widths) != len(sites):
+            raise InputError(f"{len(widths)} widths for {len(sites)} sites: {_listing(sites)}")
+        counts = {site.name: width for site, width in zip(sites, widths, strict=True)}
+    for site in sites:
+        count = counts[site.name]
+        if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= site.width:
+            raise InputError(f"width {count!r} for {site.name}: give a whole number from 1 to {site.width}")
+    return counts
+
+
+def check_ratio(ratio: float) -> None:
+    """Raise `InputError` unless `ratio` is a number in [0, 1)."""
+    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio < 1:
+        raise InputError(f"ratio {ratio!r}: give a number from 0 (keep all) to below 1")
+
+
+def _listing(sites: Sequence[Site]) -> str:
+    return ", ".join(f"{site.name} ({site.width})" for site in sites) or "no sites"
