@@ -58,8 +58,17 @@ def find_weights(name: str, weights: str) -> torchvision.models.WeightsEnum:
         raise InputError(f"unknown weights {weights!r} of torchvision/{name}: choose from {names}") from None
 
 
-def transforms(name: str, weights: str) -> Callable:
-    """The evaluation transform that belongs to the weights: a PIL image to a normalised `(3, H, W)` tensor."""
+def transforms(source: str) -> Callable:
+    """The evaluation transform that belongs to pretrained weights.
+
+    Args:
+        source: model and weights, such as `torchvision/resnet50:DEFAULT`.
+
+    Returns:
+        A function from a PIL image, or a batch of uint8 images, to normalised tensors `(..., 3, H, W)`; it has
+        `crop_size`, `mean` and `std`.
+    """
+    name, _, weights = source.removeprefix("torchvision/").partition(":")
     return find_weights(name, weights).transforms()
 
 

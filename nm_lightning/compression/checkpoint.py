@@ -1,0 +1,93 @@
+"""A compressed network on disk: its weights and the plan that narrows the wide architecture to them."""
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from nm_lightning.compression.fold import Plan, apply_plan
+from nm_lightning.errors import InputError
+
+PLAN_KEY = "compression_plan"  # beside `state_dict` in a checkpoint
+
+
+def save(path: str | Path, model: nn.Module, plan: Plan, **more: Any) -> None:
+    """Write a checkpoint; it appears under its name only when complete.
+
+    Args:
+        path: the file.
+        model: the compressed network.
+        plan: of the compression.
+        more: further entries of the checkpoint; tensors and plain Python values, so that it loads without pickle.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        try:
+            torch.save({"state_dict": model.state_dict(), PLAN_KEY: plan, **more}, file)
+        except BaseException:
+            os.unlink(file.name)
+            raise
+    os.replace(file.name, path)
+
+
+def load(path: str | Path, into: nn.Module) -> nn.Module:
+    """Narrow a wide network in place and fill it with the weights of a compressed checkpoint; returns it.
+
+    Args:
+        path: a file that `save` or `NeuronMergeCallback` wrote.
+        into: the architecture that was compressed, at its original width.
+
+    Raises:
+        InputError: the file is not such a checkpoint, or belongs to another network.
+    """
+    checkpoint = read(path)
+    if PLAN_KEY not in checkpoint:
+        raise InputError(f"{path} is not a compressed checkpoint: it holds no plan")
+    apply_plan(into, checkpoint[PLAN_KEY])
+    load_weights(into, checkpoint["state_dict"], path)
+    return into
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """The content of a checkpoint file, on the CPU, whatever device it was saved from; no code in it is run.
+
+    Raises:
+        InputError: the file is missing, truncated, holds code, or is no checkpoint.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"checkpoint {str(path)!r} does not exist")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises whatever the broken bytes lead to
+        if "Unsupported" in str(error) or ("weights_only" in str(error) and "global" in str(error).lower()):
+            raise InputError(f"checkpoint {str(path)!r} holds more than weights (code or objects): refused") from error
+        raise InputError(f"checkpoint {str(path)!r} is truncated or not a PyTorch checkpoint") from error
+    if not isinstance(content, dict):
+        raise InputError(f"checkpoint {str(path)!r} holds a {type(content).__name__}, not a dictionary of weights")
+    return content
+
+
+def load_weights(model: nn.Module, state: dict[str, Any], path: str | Path) -> None:
+    """Load a state dict that must fit exactly.
+
+    Raises:
+        InputError: it belongs to another network; names the first tensor that does not fit.
+    """
+    wanted = model.state_dict()
+    for name, value in wanted.items():
+        if name not in state:
+            raise InputError(f"checkpoint {str(path)!r} is of another network: it lacks {name}")
+        found = state[name]
+        if not isinstance(found, torch.Tensor) or found.shape != value.shape:
+            shape = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
+            raise InputError(
+                f"checkpoint {str(path)!r} is of another network: {name} is {shape} there, {tuple(value.shape)} here"
+            )
+    extra = next((name for name in state if name not in wanted), None)
+    if extra is not None:
+        raise InputError(f"checkpoint {str(path)!r} is of another network: {extra} has no place here")
+    model.load_state_dict(state)

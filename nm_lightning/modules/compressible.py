@@ -1,0 +1,37 @@
+"""The one line that makes any LightningModule's compressed checkpoints load by themselves."""
+
+from typing import Any
+
+from nm_lightning.compression.checkpoint import PLAN_KEY
+from nm_lightning.compression.fold import Plan, apply_plan, compose
+
+
+class Compressible:
+    """Mixin for a LightningModule: its checkpoints carry the plan, and loading one narrows the module first.
+
+        class MyModule(Compressible, LightningModule): ...
+
+    `MyModule.load_from_checkpoint("compressed.ckpt")` then gives the narrow network, and training it further saves
+    checkpoints that load the same way.
+
+    Attributes:
+        compression_plan: what was cut from the architecture that `__init__` builds; empty for the whole one.
+    """
+
+    compression_plan: Plan = {}  # noqa: RUF012 - replaced, never changed in place
+
+    def narrowed(self, plan: Plan) -> None:
+        """Note that the module was compressed by `plan`, after whatever was cut before."""
+        self.compression_plan = compose(self.compression_plan, plan)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Put the plan beside the weights."""
+        if self.compression_plan:
+            checkpoint[PLAN_KEY] = self.compression_plan
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Narrow a whole module to the checkpoint's plan; one that is narrow already must match it."""
+        plan = checkpoint.get(PLAN_KEY, {})
+        if plan != self.compression_plan:
+            apply_plan(self, plan)
+            self.compression_plan = plan

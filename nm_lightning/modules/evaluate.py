@@ -1,0 +1,42 @@
+"""Accuracy of a network on a loader, outside any Trainer loop."""
+
+from collections.abc import Iterable
+
+import torch
+from pytorch_lightning import LightningDataModule
+from rich.progress import track
+from torch import Tensor, nn
+
+
+def evaluate(
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    data: LightningDataModule | None = None,
+    device: torch.device | str = "cpu",
+    description: str = "evaluating",
+) -> float:
+    """The share of images whose largest logit is their label's.
+
+    Args:
+        model: maps images `(N, ...)` to logits `(N, classes)`; its mode is restored.
+        loader: batches of images and labels.
+        data: the data module whose batch hooks apply, such as normalisation on the device.
+        device: where to compute.
+        description: what the progress bar says.
+
+    Returns:
+        A fraction, exact to the image.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval().to(device)
+    correct = total = 0
+    with torch.inference_mode():
+        for batch in track(loader, description, transient=True):
+            images, labels = (part.to(device) for part in batch)
+            if data is not None:
+                images, labels = data.on_after_batch_transfer((images, labels), 0)
+            correct += int((model(images).argmax(dim=1) == labels).sum())
+            total += len(labels)
+    for module, training in modes:
+        module.training = training
+    return correct / total
