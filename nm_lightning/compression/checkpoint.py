@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nm_lightning.compression.fold import Plan, apply_plan
 from nm_lightning.errors import InputError
@@ -14,20 +14,21 @@ from nm_lightning.errors import InputError
 PLAN_KEY = "compression_plan"  # beside `state_dict` in a checkpoint
 
 
-def save(path: str | Path, model: nn.Module, plan: Plan, **more: Any) -> None:
+def save(path: str | Path, state_dict: dict[str, Tensor], plan: Plan, **more: Any) -> None:
     """Write a checkpoint; it appears under its name only when complete.
 
     Args:
         path: the file.
-        model: the compressed network.
+        state_dict: the compressed network's.
         plan: of the compression.
         more: further entries of the checkpoint; tensors and plain Python values, so that it loads without pickle.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    version = {"pytorch-lightning_version": "2.6.0"}  # the layout below is that version's
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
         try:
-            torch.save({"state_dict": model.state_dict(), PLAN_KEY: plan, **more}, file)
+            torch.save({**more, "state_dict": state_dict, PLAN_KEY: plan, **version}, file)
         except BaseException:
             os.unlink(file.name)
             raise

@@ -1,0 +1,38 @@
+# Everything runs from a virtual environment that the first target to need it makes.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+UV := $(shell command -v uv 2>/dev/null)
+PIP := $(if $(UV),$(UV) pip install -q --python $(BIN)/python,$(BIN)/python -m pip install -q)
+
+.PHONY: env demo test paper lint benchmark clean
+
+env: $(VENV)/ready
+
+$(VENV)/ready: requirements.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) -r requirements.txt
+	$(PIP) -e ".[dev]"
+	touch $@
+
+demo: env  ## train on scikit-learn's digits, compress with every method, show table and plot
+	$(BIN)/python train.py --config configs/lenet_300_100_digits.yaml --trainer.enable_progress_bar false
+	$(BIN)/python compress.py --checkpoint runs/lenet_300_100_digits/best.ckpt --method prune merge \
+		--criterion l2-norm --ratio 0.5 0.6 0.7 0.8 --output runs/demo
+
+test: env  ## style, doctests and tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+
+paper: env  ## every published number; NM_ASSETS names the folder with the published checkpoints
+	$(BIN)/python -m pytest tests/test_paper.py --paper
+
+benchmark: env  ## tensor code against the paper's loops
+	$(BIN)/python benchmarks/merge_vgg16.py
+
+lint: env
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .ruff_cache

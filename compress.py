@@ -1,0 +1,86 @@
+"""Make a trained network smaller without retraining: prune or merge its neurons, measure, and save the result.
+
+python compress.py --method merge --ratio 0.5
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+
+from nm_lightning.cli.errors import OneLineParser, fail, one_line_errors
+from nm_lightning.cli.grid import Grid, run_grid
+from nm_lightning.cli.sources import RUNS, open_source
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The flags; `None` where the network's preset decides."""
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--method", nargs="+", default=["merge"], help="prune, merge; one or several")
+    parser.add_argument("--criterion", nargs="+", default=["l2-norm"], help="l1-norm, l2-norm, l2-GM; one or several")
+    parser.add_argument("--ratio", nargs="+", type=float, help="share of neurons to remove, one or several (0.5)")
+    parser.add_argument("--widths", nargs="+", help="survivors: an integer for each site in order, or site=width")
+    parser.add_argument("--sites", nargs="+", help="glob patterns of layer names (all hidden layers)")
+    parser.add_argument("--threshold", type=float, help="least cosine similarity of a merged pair; 0: no test (0.1)")
+    parser.add_argument("--lamda", type=float, help="weight of cosine against bias distance, with BatchNorm (0.85)")
+    parser.add_argument("--formulation", default="published", help="published, textbook or consistent")
+    parser.add_argument("--implementation", default="fast", help="fast, or reference for the paper's loops")
+    parser.add_argument("--checkpoint", help="Lightning checkpoint or state dict (the newest best.ckpt under runs/)")
+    parser.add_argument(
+        "--model", help="network, where the checkpoint does not say: resnet56, torchvision/resnet50, ..."
+    )
+    parser.add_argument("--data", help="digits, fashion_mnist, cifar10, cifar100, imagenet or folder, likewise")
+    parser.add_argument("--data_dir", help="where the images are (data)")
+    parser.add_argument("--weights", help="torchvision's pretrained weights instead of a checkpoint, such as DEFAULT")
+    parser.add_argument("--output", type=Path, help="folder for report, plot and checkpoints (a new one under runs/)")
+    parser.add_argument("--seed", type=int, default=0, help="of whatever is random")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ..."
+    )
+    return parser.parse_args(arguments)
+
+
+def parse_widths(words: list[str] | None) -> list[int] | dict[str, int] | None:
+    """`["32", "64"]` to a list, `["conv1=32"]` to a mapping."""
+    if words is None:
+        return None
+    named = ["=" in word for word in words]
+    if any(named) != all(named):
+        fail(f"--widths {' '.join(words)}: give integers in order, or site=width throughout, not both")
+    try:
+        if all(named):
+            return {site: int(width) for site, _, width in (word.rpartition("=") for word in words)}
+        return [int(word) for word in words]
+    except ValueError as error:
+        fail(f"--widths {' '.join(words)}: {error}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the grid that the flags describe."""
+    args = parse(arguments)
+    with one_line_errors():
+        try:
+            torch.empty(0, device=args.device)
+        except (RuntimeError, AssertionError) as error:
+            fail(f"device {args.device!r} is not available ({str(error).splitlines()[0]}): give --device cpu")
+        torch.manual_seed(args.seed)
+        grid = Grid(
+            methods=args.method,
+            criteria=args.criterion,
+            ratios=args.ratio,
+            widths=parse_widths(args.widths),
+            sites=args.sites,
+            threshold=args.threshold,
+            lamda=args.lamda,
+            formulation=args.formulation,
+            implementation=args.implementation,
+        )
+        source = open_source(args.checkpoint, args.model, args.data, args.data_dir, args.weights, args.seed)
+        label = source.module.hparams.name.replace("/", "_")
+        output = args.output or RUNS / f"compress-{label}-{time.strftime('%Y%m%d-%H%M%S')}"
+        run_grid(source, grid, output, args.device)
+
+
+if __name__ == "__main__":
+    main()

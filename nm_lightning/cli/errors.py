@@ -1,0 +1,44 @@
+"""Bad input ends in one line on stderr and exit status 2, the argument parser's too."""
+
+import argparse
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+from nm_lightning.errors import InputError
+
+
+def fail(message: str) -> NoReturn:
+    """Print the message's essence as one line and exit with status 2."""
+    lines = [line.strip() for line in str(message).splitlines() if line.strip()] or ["bad input"]
+    line = lines[-1] if "Traceback" in message else " ".join(lines)
+    print(f"error: {line.removeprefix('nm_lightning.errors.InputError: ')}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser without the usage text before an error."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with the message alone."""
+        fail(f"{message} (see --help)")
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn `InputError` into one line, and a termination signal into an ordinary exit that cleans up."""
+
+    def terminate(number: int, frame: object) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    before: Callable | int | None = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    except InputError as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,167 @@
+"""The whole grid of methods, criteria and ratios on one loaded network."""
+
+import itertools
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from nm_lightning.cli.presets import preset
+from nm_lightning.cli.sources import Source
+from nm_lightning.compression import CompressionResult, compress, cost, trace
+from nm_lightning.compression.checkpoint import save
+from nm_lightning.compression.fold import compose, prefixed
+from nm_lightning.compression.pipeline import Options
+from nm_lightning.compression.select import budget, check_ratio, choose
+from nm_lightning.errors import InputError
+from nm_lightning.modules import evaluate
+from nm_lightning.reporting.results import Baseline, Result, print_table, write_files
+
+
+@dataclass
+class Grid:
+    """What to run; None leaves a setting to the preset of the network and its data."""
+
+    methods: Sequence[str] = ("merge",)
+    criteria: Sequence[str] = ("l2-norm",)
+    ratios: Sequence[float] | None = None
+    widths: Sequence[int] | Mapping[str, int] | None = None
+    sites: Sequence[str] | None = None
+    threshold: float | None = None
+    lamda: float | None = None
+    formulation: str = "published"
+    implementation: str = "fast"
+
+
+def run_grid(source: Source, grid: Grid, output: Path, device: str = "cpu") -> list[Result]:
+    """Evaluate the original and every compressed network; write the report, the plot and the checkpoints.
+
+    Args:
+        source: the network and its data.
+        grid: what to run.
+        output: folder that appears, or is updated, when all is complete.
+        device: where to evaluate and compress.
+
+    Raises:
+        InputError: a setting that does not fit, found before anything is evaluated.
+    """
+    console = Console()
+    module, data = source.module, source.data
+    name, data_name = module.hparams.name, data.hparams.name
+    defaults = preset(name, data_name)
+    patterns = grid.sites if grid.sites is not None else defaults.sites
+    threshold = grid.threshold if grid.threshold is not None else defaults.threshold
+    lamda = grid.lamda if grid.lamda is not None else defaults.lamda
+    widths = grid.widths
+    if widths is None and grid.ratios is None and grid.sites is None:
+        widths = defaults.widths
+    fixed = widths is not None and not isinstance(widths, Mapping)
+    ratios = [None] if fixed else grid.ratios or ([None] if widths else [0.5])
+
+    network = module.model.to(device).eval()
+    example = module.example_input_array.to(device)
+    sites = choose(trace(network, example).sites, patterns)
+    for method, criterion in itertools.product(grid.methods, grid.criteria):
+        Options(method, criterion, threshold, lamda, grid.formulation, grid.implementation)
+    for ratio in ratios:
+        check_ratio(ratio or 0)
+        budget(sites, ratio or 0, widths, defaults.rounding)
+
+    with _appearing(output) as folder:
+        console.print(f"{name} on {data_name}, from {source.origin}")
+        before = cost(network, example)
+        loader = data.test_dataloader()
+        baseline = Baseline(evaluate(network, loader, data, device, "original"), before.parameters, before.macs)
+        results: list[Result] = []
+        for method, criterion, ratio in itertools.product(grid.methods, grid.criteria, ratios):
+            start = time.perf_counter()
+            compressed = compress(
+                network,
+                example,
+                method,
+                criterion,
+                ratio or 0.0,
+                widths=widths,
+                sites=patterns,
+                threshold=threshold,
+                lamda=lamda,
+                formulation=grid.formulation,
+                implementation=grid.implementation,
+                rounding=defaults.rounding,
+            )
+            seconds = time.perf_counter() - start
+            label = "widths" if ratio is None else f"{ratio:g}"
+            file = f"{method}_{criterion}_{label}.ckpt"
+            accuracy = evaluate(compressed.model, loader, data, device, f"{method} {criterion} {label}")
+            after = cost(compressed.model, example)
+            total = sum(site.before for site in compressed.report.sites)
+            results.append(
+                Result(
+                    method,
+                    criterion,
+                    ratio,
+                    accuracy,
+                    after.parameters,
+                    after.macs,
+                    round(seconds, 3),
+                    compressed.report.widths,
+                    compressed.report.notes,
+                    file,
+                    1 - sum(compressed.report.widths.values()) / total if total else 0.0,
+                )
+            )
+            _save_checkpoint(folder / file, source, compressed)
+        skipped = compressed.report.skipped
+        about = {"title": f"{name} on {data_name}", "model": name, "data": data_name, "origin": source.origin}
+        about |= {"threshold": threshold, "lamda": lamda, "formulation": grid.formulation}
+        about |= {"implementation": grid.implementation, "torch": torch.__version__, "left_alone": skipped}
+        write_files(folder, about, baseline, results)
+
+    print_table(console, baseline, results)
+    for note in dict.fromkeys(note for result in results for note in result.notes):
+        console.print(f"note: {note}")
+    console.print(f"report, plot and checkpoints: {output}/")
+    return results
+
+
+def _save_checkpoint(path: Path, source: Source, compressed: CompressionResult) -> None:
+    """A Lightning checkpoint of the narrow module: `ImageClassifier.load_from_checkpoint` needs nothing else."""
+    save(
+        path,
+        {f"model.{key}": value.cpu() for key, value in compressed.model.state_dict().items()},
+        compose(source.module.compression_plan, prefixed(compressed.plan, "model")),
+        hyper_parameters=dict(source.module.hparams),
+        datamodule_hyper_parameters=dict(source.data.hparams),
+    )
+
+
+@contextmanager
+def _appearing(output: Path) -> Iterator[Path]:
+    """A hidden folder to write to, which becomes `output` when the block ends well and vanishes when it does not."""
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
+        if output.exists() and not (output.is_dir() and os.access(output, os.W_OK)):
+            folder.rmdir()
+            raise PermissionError(f"{output} is not a folder that can be written")
+    except OSError as error:
+        raise InputError(
+            f"output {str(output)!r} can't be written ({error.strerror or error}): give --output DIR"
+        ) from error
+    folder.chmod(0o755)
+    try:
+        yield folder
+        if not output.exists():
+            folder.rename(output)
+        else:
+            for file in sorted(folder.iterdir(), key=lambda file: file.name == "report.json"):
+                file.replace(output / file.name)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,108 @@
+"""Where a trained network comes from: a training run, a file from anywhere, or torchvision."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nm_lightning.compression.checkpoint import load_weights, read
+from nm_lightning.data import ImageData, build_data
+from nm_lightning.errors import InputError
+from nm_lightning.modules import ImageClassifier
+
+RUNS = Path("runs")
+
+
+@dataclass
+class Source:
+    """A trained network and the data it was trained for.
+
+    Attributes:
+        module: the network in its LightningModule.
+        data: its data module.
+        origin: where the weights come from, for people.
+    """
+
+    module: ImageClassifier
+    data: ImageData
+    origin: str
+
+
+def open_source(
+    checkpoint: str | None, model: str | None, data: str | None, data_dir: str | None, weights: str | None, seed: int
+) -> Source:
+    """Find the network and its data from what the command line says and the checkpoint knows.
+
+    Args:
+        checkpoint: a Lightning checkpoint, a `{"state_dict": ...}` file or a bare state dict; None for the newest
+            `best.ckpt` of a training run that fits `model` and `data`.
+        model: a registered model's name, where the checkpoint does not say.
+        data: a registered data set's name, where the checkpoint does not say.
+        data_dir: where the images are; None for the checkpoint's folder, or `data`.
+        weights: torchvision's pretrained weights instead of a checkpoint.
+        seed: of random weights, where there is neither checkpoint nor pretrained weights.
+
+    Raises:
+        InputError: nothing fits, or something is missing.
+    """
+    found = (Path(checkpoint), read(checkpoint)) if checkpoint else None
+    if found is None and weights is None:
+        found = _newest_run(model, data)
+    path, content = found or (None, {})
+    known = content.get("hyper_parameters", {})
+    settings = content.get("datamodule_hyper_parameters", {})
+    name, data = model or known.get("name"), data or settings.get("name")
+    if found is None and name is None:
+        raise InputError(f"no training run under {RUNS}/: run train.py first, or give --checkpoint PATH")
+    for flag, value in (("--model", name), ("--data", data)):
+        if value is None:
+            raise InputError(f"checkpoint {str(path)!r} does not say its {flag[2:]}: give {flag} NAME")
+    if found is None and not name.startswith("torchvision/"):
+        raise InputError(f"no training run of {name} on {data} under {RUNS}/: train it, or give --checkpoint PATH")
+
+    if data != settings.get("name"):
+        settings = {}
+    if weights:
+        settings = {**settings, "transforms_of": f"{name}:{weights}"}
+    images = build_data(**{**settings, "name": data, "data_dir": data_dir or settings.get("data_dir", "data")})
+    images.setup("test")
+
+    if known.get("name") == name:
+        module = ImageClassifier(**{**known, "weights": None})
+        module.on_load_checkpoint(content)
+        load_weights(module, content["state_dict"], path)
+        return Source(module, images, str(path))
+    torch.manual_seed(seed)
+    module = ImageClassifier(name, images.num_classes, images.input_shape, weights=weights)
+    if path is None:
+        return Source(module, images, f"torchvision's {weights}" if weights else "random weights")
+    load_weights(module.model, _state_dict(content, path), path)
+    return Source(module, images, str(path))
+
+
+def _newest_run(model: str | None, data: str | None) -> tuple[Path, dict[str, Any]] | None:
+    for path in _runs():
+        content = read(path)
+        name = content.get("hyper_parameters", {}).get("name")
+        trained_on = content.get("datamodule_hyper_parameters", {}).get("name")
+        if model in (None, name) and data in (None, trained_on):
+            return path, content
+    return None
+
+
+def _runs() -> Iterator[Path]:
+    """Training runs' best checkpoints, the newest first."""
+    yield from sorted(RUNS.glob("*/best.ckpt"), key=lambda path: path.stat().st_mtime, reverse=True)
+
+
+def _state_dict(content: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The bare weights of our architecture, without the prefixes that wrappers leave; 16-bit weights become 32-bit."""
+    state = content.get("state_dict", content)
+    if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise InputError(f"checkpoint {str(path)!r} holds no state dict of tensors")
+    for prefix in ("module.", "model."):
+        if all(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return state
