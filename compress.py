@@ -27,17 +27,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--formulation", default="published", help="published, textbook or consistent")
     parser.add_argument("--implementation", default="fast", help="fast, or reference for the paper's loops")
     parser.add_argument("--checkpoint", help="Lightning checkpoint or state dict (the newest best.ckpt under runs/)")
-    parser.add_argument(
-        "--model", help="network, where the checkpoint does not say: resnet56, torchvision/resnet50, ..."
-    )
+    parser.add_argument("--model", help="network, where the checkpoint does not say, such as resnet56")
     parser.add_argument("--data", help="digits, fashion_mnist, cifar10, cifar100, imagenet or folder, likewise")
     parser.add_argument("--data_dir", help="where the images are (data)")
     parser.add_argument("--weights", help="torchvision's pretrained weights instead of a checkpoint, such as DEFAULT")
     parser.add_argument("--output", type=Path, help="folder for report, plot and checkpoints (a new one under runs/)")
     parser.add_argument("--seed", type=int, default=0, help="of whatever is random")
-    parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ..."
-    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     return parser.parse_args(arguments)
 
 

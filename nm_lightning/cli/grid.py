@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
+from rich import get_console
 
 from nm_lightning.cli.presets import preset
 from nm_lightning.cli.sources import Source
@@ -52,7 +52,7 @@ def run_grid(source: Source, grid: Grid, output: Path, device: str = "cpu") -> l
     Raises:
         InputError: a setting that does not fit, found before anything is evaluated.
     """
-    console = Console()
+    console = get_console()
     module, data = source.module, source.data
     name, data_name = module.hparams.name, data.hparams.name
     defaults = preset(name, data_name)
@@ -66,7 +66,7 @@ def run_grid(source: Source, grid: Grid, output: Path, device: str = "cpu") -> l
     ratios = [None] if fixed else grid.ratios or ([None] if widths else [0.5])
 
     network = module.model.to(device).eval()
-    example = module.example_input_array.to(device)
+    example = module.example_input.to(device)
     sites = choose(trace(network, example).sites, patterns)
     for method, criterion in itertools.product(grid.methods, grid.criteria):
         Options(method, criterion, threshold, lamda, grid.formulation, grid.implementation)
@@ -75,7 +75,7 @@ def run_grid(source: Source, grid: Grid, output: Path, device: str = "cpu") -> l
         budget(sites, ratio or 0, widths, defaults.rounding)
 
     with _appearing(output) as folder:
-        console.print(f"{name} on {data_name}, from {source.origin}")
+        console.print(f"{name} on {data_name}, from {source.origin}", soft_wrap=True)
         before = cost(network, example)
         loader = data.test_dataloader()
         baseline = Baseline(evaluate(network, loader, data, device, "original"), before.parameters, before.macs)
@@ -126,8 +126,8 @@ def run_grid(source: Source, grid: Grid, output: Path, device: str = "cpu") -> l
 
     print_table(console, baseline, results)
     for note in dict.fromkeys(note for result in results for note in result.notes):
-        console.print(f"note: {note}")
-    console.print(f"report, plot and checkpoints: {output}/")
+        console.print(f"note: {note}", soft_wrap=True)
+    console.print(f"report, plot and checkpoints: {output}/", soft_wrap=True)
     return results
 
 
@@ -152,9 +152,8 @@ def _appearing(output: Path) -> Iterator[Path]:
             folder.rmdir()
             raise PermissionError(f"{output} is not a folder that can be written")
     except OSError as error:
-        raise InputError(
-            f"output {str(output)!r} can't be written ({error.strerror or error}): give --output DIR"
-        ) from error
+        reason = error.strerror or error
+        raise InputError(f"output {str(output)!r} can't be written ({reason}): give --output DIR") from error
     folder.chmod(0o755)
     try:
         yield folder

@@ -1,7 +1,6 @@
 """A compressed network on disk: its weights and the plan that narrows the wide architecture to them."""
 
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +25,12 @@ def save(path: str | Path, state_dict: dict[str, Tensor], plan: Plan, **more: An
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     version = {"pytorch-lightning_version": "2.6.0"}  # the layout below is that version's
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        try:
-            torch.save({**more, "state_dict": state_dict, PLAN_KEY: plan, **version}, file)
-        except BaseException:
-            os.unlink(file.name)
-            raise
-    os.replace(file.name, path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        torch.save({**more, "state_dict": state_dict, PLAN_KEY: plan, **version}, partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def load(path: str | Path, into: nn.Module) -> nn.Module:

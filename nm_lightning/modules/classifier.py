@@ -70,7 +70,7 @@ class ImageClassifier(Compressible, LightningModule):
         )
 
     @property
-    def example_input_array(self) -> Tensor:
+    def example_input(self) -> Tensor:
         """One empty image `(1, C, H, W)`."""
         return torch.zeros(1, *self.hparams.input_shape, device=self.device)
 

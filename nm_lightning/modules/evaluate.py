@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 import torch
 from pytorch_lightning import LightningDataModule
+from rich import get_console
 from rich.progress import track
 from torch import Tensor, nn
 
@@ -31,7 +32,7 @@ def evaluate(
     model.eval().to(device)
     correct = total = 0
     with torch.inference_mode():
-        for batch in track(loader, description, transient=True):
+        for batch in track(loader, description, transient=True, disable=not get_console().is_terminal):
             images, labels = (part.to(device) for part in batch)
             if data is not None:
                 images, labels = data.on_after_batch_transfer((images, labels), 0)

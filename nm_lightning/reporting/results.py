@@ -6,6 +6,7 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -52,13 +53,13 @@ class Baseline:
 
 def print_table(console: Console, baseline: Baseline, results: list[Result]) -> None:
     """Accuracy before and after, size and cost of every result."""
-    table = Table(title=None)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for column in ("method", "criterion", "ratio"):
-        table.add_column(column)
+        table.add_column(column, no_wrap=True)
     for column in ("before %", "after %", "parameters", "MACs", "seconds"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     before = f"{100 * baseline.accuracy:.2f}"
-    table.add_row("original", "", "", before, before, f"{baseline.parameters:,}", f"{baseline.macs:,}", "")
+    table.add_row("original", "", "", before, "", _short(baseline.parameters), _short(baseline.macs), "")
     for result in results:
         table.add_row(
             result.method,
@@ -66,11 +67,19 @@ def print_table(console: Console, baseline: Baseline, results: list[Result]) -> 
             "widths" if result.ratio is None else f"{result.ratio:g}",
             before,
             f"{100 * result.accuracy:.2f}",
-            f"{result.parameters:,} ({result.parameters / baseline.parameters:.0%})",
-            f"{result.macs:,} ({result.macs / baseline.macs:.0%})",
+            f"{_short(result.parameters)} {result.parameters / baseline.parameters:4.0%}",
+            f"{_short(result.macs)} {result.macs / baseline.macs:4.0%}",
             f"{result.seconds:.2f}",
         )
     console.print(table)
+
+
+def _short(number: int) -> str:
+    """Three digits and a unit, such as `266k`."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return str(number)
 
 
 def write_files(folder: Path, about: dict, baseline: Baseline, results: list[Result]) -> None:

@@ -1,0 +1,101 @@
+"""Train an image classifier: `python train.py`, or `python train.py --config configs/resnet56_cifar10.yaml`."""
+
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning import Trainer
+from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from pytorch_lightning.loggers import CSVLogger
+
+from nm_lightning.cli.errors import fail, one_line_errors
+from nm_lightning.data import build_data
+from nm_lightning.errors import InputError
+from nm_lightning.modules import ImageClassifier
+
+RUNS = Path("runs")
+DEFAULT_CONFIG = Path(__file__).parent / "configs" / "lenet_300_100_fashion_mnist.yaml"
+
+
+class OneLineLightningParser(LightningArgumentParser):
+    """Lightning's parser without the usage text before an error."""
+
+    def error(self, message: str, ex: Exception | None = None) -> None:
+        """Exit with the message alone."""
+        fail(f"{message} (see --help)")
+
+
+def run_folder(experiment: str | None, model: str, data: str) -> str:
+    """`runs/<experiment>`, named after network and data where no name is given."""
+    return str(RUNS / (experiment or f"{model.replace('/', '_')}_{data}"))
+
+
+def pretrained_transforms(model: str, weights: str | None) -> str | None:
+    """What the data module needs to know of pretrained weights."""
+    return f"{model}:{weights}" if weights else None
+
+
+class TrainCLI(LightningCLI):
+    """Class count and image shape come from the data; checkpoints and logs go to `runs/<experiment>`."""
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Lightning's parser with one-line errors."""
+        parser = OneLineLightningParser(**kwargs)
+        parser.add_argument("-c", "--config", action="config", help="a YAML file of these options")
+        return parser
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Our own two options, and what is known from others."""
+        parser.add_argument("--experiment", type=str | None, help="name of the run's folder (<model>_<data>)")
+        parser.add_argument("--ckpt_path", type=str | None, help="checkpoint to resume from, such as runs/x/last.ckpt")
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults(
+            {
+                "checkpoint.filename": "best",
+                "checkpoint.monitor": "val/accuracy",
+                "checkpoint.mode": "max",
+                "checkpoint.save_last": True,
+                "checkpoint.enable_version_counter": False,
+                "checkpoint.auto_insert_metric_name": False,
+            }
+        )
+        parser.link_arguments(("experiment", "model.name", "data.name"), "checkpoint.dirpath", run_folder)
+        parser.link_arguments(("model.name", "model.weights"), "data.transforms_of", pretrained_transforms)
+        parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
+        parser.link_arguments("data.input_shape", "model.input_shape", apply_on="instantiate")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """A CSV logger in the run's folder, where no other logger is asked for."""
+        folder = Path(self.config["checkpoint"]["dirpath"])
+        if self.config["trainer"]["logger"] is None:
+            kwargs["logger"] = CSVLogger(folder.parent, folder.name, version="")
+        trainer = super().instantiate_trainer(default_root_dir=folder, **kwargs)
+        if trainer.loggers:
+            trainer.callbacks.append(LearningRateMonitor("epoch"))
+        return trainer
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Train, then test the best checkpoint."""
+    with one_line_errors():
+        cli = TrainCLI(
+            ImageClassifier,
+            build_data,
+            run=False,
+            args=arguments,
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={"default_config_files": [str(DEFAULT_CONFIG)]},
+        )
+        ckpt_path = cli.config["ckpt_path"]
+        if ckpt_path and not Path(ckpt_path).is_file():
+            raise InputError(f"ckpt_path {ckpt_path!r} does not exist")
+        cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=ckpt_path, weights_only=True)
+        best = cli.trainer.checkpoint_callback.best_model_path
+        if best:
+            metrics = cli.trainer.test(cli.model, cli.datamodule, ckpt_path=best, verbose=False, weights_only=True)[0]
+            print(f"test accuracy {100 * metrics['test/accuracy']:.2f} % ({best})")
+
+
+if __name__ == "__main__":
+    main()
