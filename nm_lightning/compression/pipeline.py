@@ -93,6 +93,7 @@ def compress(
     Raises:
         InputError: an argument that names nothing or fits nothing, or a network that can't be traced.
 
+    >>> import torch
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> compress(net, torch.zeros(1, 4), ratio=0.5).model
     Sequential(

@@ -1,0 +1,97 @@
+"""What all image data modules share: loaders of uint8 batches, normalised on the device."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from pytorch_lightning import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from nm_lightning.errors import InputError
+
+
+class ImageData(LightningDataModule):
+    """Images and labels in three splits; batches are uint8 until they are on the device.
+
+    A subclass sets the attributes in its `__init__` and the data sets `splits` in `setup`.
+
+    Args:
+        settings: the arguments of `build_data`, which also become the module's hyperparameters.
+
+    Attributes:
+        num_classes: number of labels.
+        input_shape: `(channels, height, width)` of a normalised image.
+        mean: of each channel, pixels from 0 to 1.
+        std: of each channel.
+        splits: data sets by name: `train`, `val` and `test`.
+    """
+
+    num_classes: int
+    input_shape: tuple[int, int, int]
+    mean: Sequence[float]
+    std: Sequence[float]
+    num_workers: int = 0
+    collate: Any = None
+
+    def __init__(self, settings: dict[str, Any]):
+        super().__init__()
+        self.save_hyperparameters(settings, logger=False)  # its `name` is not the network's
+        self.splits: dict[str, Dataset] = {}
+
+    def _set_normalisation(self, mean: Sequence[float], std: Sequence[float], channels: int) -> None:
+        """The user's mean and std where given, else these."""
+        self.mean, self.std = self.hparams.mean or list(mean), self.hparams.std or list(std)
+        for label, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) not in (1, channels):
+                raise InputError(f"{label} {values}: give one number for each of the {channels} channels")
+
+    def train_dataloader(self) -> DataLoader:
+        """Shuffled, an incomplete last batch left out."""
+        size = min(self.hparams.batch_size, len(self.splits["train"]))
+        return self._loader("train", size, shuffle=True, drop_last=True)
+
+    def val_dataloader(self) -> DataLoader:
+        """In order."""
+        return self._loader("val", self.hparams.batch_size)
+
+    def test_dataloader(self) -> DataLoader:
+        """In order, never augmented."""
+        return self._loader("test", self.hparams.batch_size)
+
+    def _loader(self, split: str, batch_size: int, **options: Any) -> DataLoader:
+        return DataLoader(
+            self.splits[split],
+            batch_size,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            collate_fn=self.collate,
+            **options,
+        )
+
+    def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
+        """Normalise on the device; the images' dtype becomes the network's."""
+        images, labels = batch
+        images = self.normalise(images)
+        module = getattr(self.trainer, "lightning_module", None)
+        return images if module is None else images.to(module.dtype), labels
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Map uint8 `(N, C, H, W)` to float32 as torchvision's `ToTensor` and `Normalize` do."""
+        mean, std = (
+            torch.tensor(values, dtype=torch.float32, device=images.device).view(-1, 1, 1)
+            for values in (self.mean, self.std)
+        )
+        return images.float().div_(255).sub_(mean).div_(std)
+
+
+def seeded_split(size: int, share: float, seed: int) -> tuple[list[int], list[int]]:
+    """Indices in two parts, the second with `share` of them (at least one), drawn by seed.
+
+    >>> [len(part) for part in seeded_split(10, 0.2, seed=0)]
+    [8, 2]
+    """
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(seed)).tolist()
+    second = max(1, round(size * share))
+    return sorted(order[second:]), sorted(order[:second])
