@@ -9,9 +9,11 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import CSVLogger
 
 from nm_lightning.cli.errors import fail, one_line_errors
+from nm_lightning.compression.checkpoint import check_weights, read
 from nm_lightning.data import build_data
 from nm_lightning.errors import InputError
 from nm_lightning.modules import ImageClassifier
+from nm_lightning.reporting.weights_and_biases import offline_without_account
 
 RUNS = Path("runs")
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "lenet_300_100_fashion_mnist.yaml"
@@ -65,18 +67,27 @@ class TrainCLI(LightningCLI):
         parser.link_arguments("data.input_shape", "model.input_shape", apply_on="instantiate")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """A CSV logger in the run's folder, where no other logger is asked for."""
+        """A CSV logger in the run's folder (a new `version_<n>` each time), where no other logger is asked for."""
         folder = Path(self.config["checkpoint"]["dirpath"])
         if self.config["trainer"]["logger"] is None:
-            kwargs["logger"] = CSVLogger(folder.parent, folder.name, version="")
+            kwargs["logger"] = CSVLogger(folder.parent, folder.name)
         trainer = super().instantiate_trainer(default_root_dir=folder, **kwargs)
         if trainer.loggers:
             trainer.callbacks.append(LearningRateMonitor("epoch"))
         return trainer
 
 
+def check_resumable(ckpt_path: str, module: ImageClassifier) -> None:
+    """Raise `InputError` unless the file is a checkpoint of a training run of this network."""
+    checkpoint = read(ckpt_path)
+    if "optimizer_states" not in checkpoint:
+        raise InputError(f"ckpt_path {ckpt_path!r} holds no state of a training run: give a run's last.ckpt")
+    check_weights(module, checkpoint["state_dict"], ckpt_path)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Train, then test the best checkpoint."""
+    offline_without_account()
     with one_line_errors():
         cli = TrainCLI(
             ImageClassifier,
@@ -88,8 +99,8 @@ def main(arguments: list[str] | None = None) -> None:
             parser_kwargs={"default_config_files": [str(DEFAULT_CONFIG)]},
         )
         ckpt_path = cli.config["ckpt_path"]
-        if ckpt_path and not Path(ckpt_path).is_file():
-            raise InputError(f"ckpt_path {ckpt_path!r} does not exist")
+        if ckpt_path:
+            check_resumable(ckpt_path, cli.model)
         cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=ckpt_path, weights_only=True)
         best = cli.trainer.checkpoint_callback.best_model_path
         if best:

@@ -11,7 +11,7 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 
 from nm_lightning.compression import CompressionResult, compress, cost
-from nm_lightning.compression.checkpoint import load_weights, read, save
+from nm_lightning.compression.checkpoint import load_weights, read, write
 from nm_lightning.compression.fold import compose
 from nm_lightning.compression.pipeline import Options
 from nm_lightning.compression.select import check_ratio
@@ -81,7 +81,7 @@ class NeuronMergeCallback(Callback):
         if best and Path(best).is_file():
             load_weights(original, read(best)["state_dict"], best)
         device = trainer.strategy.root_device
-        original.to(device).eval()
+        original.to(device)
 
         data, loader = trainer.datamodule, _test_loader(trainer)
         example = _example(original, data, loader, device)
@@ -103,7 +103,7 @@ class NeuronMergeCallback(Callback):
             more = {"hyper_parameters": dict(pl_module.hparams)}
             if data is not None:
                 more["datamodule_hyper_parameters"] = dict(data.hparams)
-            save(folder / self.filename, state, plan, **more)
+            write(folder / self.filename, state, plan, **more)
         rank_zero_info(
             f"{self.settings['method']}: accuracy {100 * metrics['accuracy/before']:.2f} % to "
             f"{100 * metrics['accuracy/after']:.2f} %, parameters {metrics['parameters/before']:,} to "

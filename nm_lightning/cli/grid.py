@@ -16,7 +16,7 @@ from rich import get_console
 from nm_lightning.cli.presets import preset
 from nm_lightning.cli.sources import Source
 from nm_lightning.compression import CompressionResult, compress, cost, trace
-from nm_lightning.compression.checkpoint import save
+from nm_lightning.compression.checkpoint import write
 from nm_lightning.compression.fold import compose, prefixed
 from nm_lightning.compression.pipeline import Options
 from nm_lightning.compression.select import budget, check_ratio, choose
@@ -133,7 +133,7 @@ def run_grid(source: Source, grid: Grid, output: Path, device: str = "cpu") -> l
 
 def _save_checkpoint(path: Path, source: Source, compressed: CompressionResult) -> None:
     """A Lightning checkpoint of the narrow module: `ImageClassifier.load_from_checkpoint` needs nothing else."""
-    save(
+    write(
         path,
         {f"model.{key}": value.cpu() for key, value in compressed.model.state_dict().items()},
         compose(source.module.compression_plan, prefixed(compressed.plan, "model")),

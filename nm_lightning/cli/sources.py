@@ -67,6 +67,7 @@ def open_source(
     if weights:
         settings = {**settings, "transforms_of": f"{name}:{weights}"}
     images = build_data(**{**settings, "name": data, "data_dir": data_dir or settings.get("data_dir", "data")})
+    images.prepare_data()
     images.setup("test")
 
     if known.get("name") == name:

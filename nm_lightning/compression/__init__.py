@@ -1,5 +1,6 @@
 """Compression as a library: knows torch, not Lightning, and works on any network that `torch.fx` can trace."""
 
+from nm_lightning.compression.checkpoint import load, save
 from nm_lightning.compression.fold import apply_plan
 from nm_lightning.compression.pipeline import CompressionResult, compress
 from nm_lightning.compression.report import Cost, Report, SiteReport, cost
@@ -15,5 +16,7 @@ __all__ = [
     "apply_plan",
     "compress",
     "cost",
+    "load",
+    "save",
     "trace",
 ]

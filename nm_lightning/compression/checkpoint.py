@@ -1,6 +1,7 @@
 """A compressed network on disk: its weights and the plan that narrows the wide architecture to them."""
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,27 @@ import torch
 from torch import Tensor, nn
 
 from nm_lightning.compression.fold import Plan, apply_plan
+from nm_lightning.compression.pipeline import CompressionResult
 from nm_lightning.errors import InputError
 
 PLAN_KEY = "compression_plan"  # beside `state_dict` in a checkpoint
 
 
-def save(path: str | Path, state_dict: dict[str, Tensor], plan: Plan, **more: Any) -> None:
+def save(path: str | Path, result: CompressionResult) -> None:
+    """Write a compressed network: its weights and its plan, which `load` puts onto the wide architecture.
+
+    >>> import tempfile
+    >>> from nm_lightning import compress
+    >>> wide = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(f"{folder}/small.pt", compress(wide, torch.zeros(1, 4), ratio=0.75))
+    ...     load(f"{folder}/small.pt", into=wide)[0]
+    Linear(in_features=4, out_features=2, bias=True)
+    """
+    write(path, result.model.state_dict(), result.plan)
+
+
+def write(path: str | Path, state_dict: dict[str, Tensor], plan: Plan, **more: Any) -> None:
     """Write a checkpoint; it appears under its name only when complete.
 
     Args:
@@ -62,7 +78,7 @@ def read(path: str | Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever the broken bytes lead to
-        if "Unsupported" in str(error) or ("weights_only" in str(error) and "global" in str(error).lower()):
+        if re.search("Unsupported (global|class)|not an allowed global", str(error)):
             raise InputError(f"checkpoint {str(path)!r} holds more than weights (code or objects): refused") from error
         raise InputError(f"checkpoint {str(path)!r} is truncated or not a PyTorch checkpoint") from error
     if not isinstance(content, dict):
@@ -71,7 +87,13 @@ def read(path: str | Path) -> dict[str, Any]:
 
 
 def load_weights(model: nn.Module, state: dict[str, Any], path: str | Path) -> None:
-    """Load a state dict that must fit exactly.
+    """Load a state dict that must fit exactly, see `check_weights`."""
+    check_weights(model, state, path)
+    model.load_state_dict(state)
+
+
+def check_weights(model: nn.Module, state: dict[str, Any], path: str | Path) -> None:
+    """Compare a state dict with the one that a network wants.
 
     Raises:
         InputError: it belongs to another network; names the first tensor that does not fit.
@@ -89,4 +111,3 @@ def load_weights(model: nn.Module, state: dict[str, Any], path: str | Path) -> N
     extra = next((name for name in state if name not in wanted), None)
     if extra is not None:
         raise InputError(f"checkpoint {str(path)!r} is of another network: {extra} has no place here")
-    model.load_state_dict(state)

@@ -3,8 +3,8 @@
 | name | images | looked for, in this order |
 | --- | --- | --- |
 | `digits` | 1,797 of 8x8 | scikit-learn carries them |
-| `fashion_mnist` | 70,000 of 28x28 | the data folder, Debian's `dataset-fashion-mnist`, torchvision's download |
-| `cifar10`, `cifar100` | 60,000 of 32x32 | torchvision's files, `<data_dir>/<name>/{train,test}/<class>/*.png`, download |
+| `fashion_mnist` | 70,000 of 28x28 | the data folder, Debian's `dataset-fashion-mnist`, a download |
+| `cifar10`, `cifar100` | 60,000 of 32x32 | torchvision's files, `<name>/{train,test}/<class>/*.png`, a download |
 | `imagenet` | photos | `{train,val}/<class>/*` in `<data_dir>` or `<data_dir>/imagenet` |
 | `folder` | any images | `{train,val,test}/<class>/*` in `<data_dir>`, or `<class>/*` alone, split by seed |
 """

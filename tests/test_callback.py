@@ -1,0 +1,151 @@
+"""NeuronMergeCallback in a Trainer: what it logs, saves and leaves behind."""
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.loggers import CSVLogger, WandbLogger
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import nm_lightning
+from callbacks import NeuronMergeCallback
+from nm_lightning.data import build_data
+from nm_lightning.errors import InputError
+from nm_lightning.modules import Compressible, ImageClassifier, evaluate
+from nm_lightning.reporting.weights_and_biases import offline_without_account
+
+
+def fit(folder, callback, logger=None, epochs=3, module=None, **data):
+    module = module or ImageClassifier("lenet_300_100", 10, (1, 8, 8), lr=0.05)
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=epochs,
+        logger=logger or CSVLogger(folder),
+        callbacks=[callback, ModelCheckpoint(folder, "best", monitor="val/accuracy", mode="max")],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=5,
+    )
+    trainer.fit(module, **(data or {"datamodule": build_data("digits", batch_size=64)}))
+    return trainer, module
+
+
+def logged(folder):
+    with next(Path(folder).rglob("metrics.csv")).open() as file:
+        rows = list(csv.DictReader(file))
+    return {key: float(value) for row in rows for key, value in row.items() if value and "/" in key}
+
+
+def test_measures_logs_and_saves_what_loads(tmp_path):
+    callback = NeuronMergeCallback(method="merge", criterion="l1-norm", ratio=0.5)
+    _, module = fit(tmp_path, callback)
+    values = logged(tmp_path)
+    data = build_data("digits")
+    data.setup("test")
+    best = ImageClassifier.load_from_checkpoint(tmp_path / "best.ckpt", weights_only=True)
+    narrow = ImageClassifier.load_from_checkpoint(tmp_path / "compressed.ckpt", weights_only=True)
+    assert narrow.model.ip1.out_features == 150
+    for when, network in (("before", best), ("after", narrow)):
+        accuracy = evaluate(network, data.test_dataloader(), data)
+        assert values[f"accuracy/{when}"] == pytest.approx(accuracy, abs=1e-6)
+        assert values[f"parameters/{when}"] == sum(p.numel() for p in network.parameters())
+    assert values["macs/before"] == 64 * 300 + 300 * 100 + 100 * 10
+    assert values["macs/after"] == 64 * 150 + 150 * 50 + 50 * 10
+    assert module.model.ip1.out_features == 300, "the Trainer's module stays as it was"
+
+
+def test_replace_leaves_a_narrow_module_that_trains_on(tmp_path):
+    torch.manual_seed(0)
+    _, module = fit(tmp_path / "first", NeuronMergeCallback(ratio=0.8, replace=True))
+    assert module.model.ip1.out_features == 60
+    assert module.model.ip1.training
+    before = module.model.ip2.weight.detach().clone()
+    after_merge = logged(tmp_path / "first")["accuracy/after"]
+    second = Trainer(
+        accelerator="cpu",
+        max_epochs=3,
+        logger=False,
+        callbacks=[ModelCheckpoint(tmp_path / "second", "tuned")],
+        enable_progress_bar=False,
+    )
+    data = build_data("digits", batch_size=64)
+    second.fit(module, datamodule=data)
+    assert not torch.equal(module.model.ip2.weight, before)
+    tuned = ImageClassifier.load_from_checkpoint(tmp_path / "second" / "tuned.ckpt", weights_only=True)
+    assert tuned.model.ip1.out_features == 60
+    data.setup("test")
+    assert evaluate(tuned, data.test_dataloader(), data) > after_merge
+
+
+class Users(LightningModule):
+    """A LightningModule that knows nothing of this project."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(64, 40), nn.ReLU(), nn.Linear(40, 10))
+
+    def forward(self, images):
+        return self.net(images)
+
+    def training_step(self, batch, index):
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def validation_step(self, batch, index):
+        self.log("val/accuracy", (self(batch[0]).argmax(1) == batch[1]).float().mean())
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+class Ready(Compressible, Users):
+    """The same with the one-line mixin."""
+
+
+@pytest.mark.parametrize("kind", [Users, Ready])
+def test_a_users_module_with_plain_loaders(kind, tmp_path):
+    torch.manual_seed(0)
+    images = torch.randn(300, 1, 8, 8)
+    labels = images.flatten(1)[:, :10].argmax(1)
+    loader = DataLoader(TensorDataset(images, labels), 50)
+    callback = NeuronMergeCallback(ratio=0.5)
+    fit(tmp_path, callback, module=kind(), train_dataloaders=loader, val_dataloaders=loader)
+    if kind is Ready:
+        narrow = Ready.load_from_checkpoint(tmp_path / "compressed.ckpt", weights_only=True)
+    else:
+        narrow = nm_lightning.load(tmp_path / "compressed.ckpt", into=Users())
+    assert narrow.net[1].out_features == 20
+    assert evaluate(narrow, loader) == pytest.approx(logged(tmp_path)["accuracy/after"], abs=1e-6)
+
+
+def test_wandb_works_offline_without_an_account(tmp_path, monkeypatch):
+    for variable in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+    offline_without_account()
+    logger = WandbLogger(project="nm-lightning", save_dir=tmp_path)
+    fit(tmp_path, NeuronMergeCallback(ratio=0.5), logger, epochs=1)
+    summary = dict(logger.experiment.summary)
+    logger.experiment.finish()
+    assert 0 < summary["accuracy/after"] <= 1
+    assert 0 < summary["accuracy/before"] <= 1
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"method": "melt"}, "unknown method 'melt'"),
+        ({"criterion": "l3-norm"}, "unknown criterion"),
+        ({"ratio": 1.5}, "ratio 1.5"),
+        ({"ratio": "half"}, "ratio 'half'"),
+        ({"threshold": -1}, "threshold -1"),
+    ],
+)
+def test_bad_settings_are_refused_before_training(settings, says):
+    with pytest.raises(InputError, match=says):
+        NeuronMergeCallback(**settings)
