@@ -23,7 +23,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--widths", nargs="+", help="survivors: an integer for each site in order, or site=width")
     parser.add_argument("--sites", nargs="+", help="glob patterns of layer names (all hidden layers)")
     parser.add_argument("--threshold", type=float, help="least cosine similarity of a merged pair; 0: no test (0.1)")
-    parser.add_argument("--lamda", type=float, help="weight of cosine against bias distance, with BatchNorm (0.85)")
+    parser.add_argument(
+        "--lamda", "--lambda", type=float, help="weight of cosine against bias distance, with BatchNorm (0.85)"
+    )
     parser.add_argument("--formulation", default="published", help="published, textbook or consistent")
     parser.add_argument("--implementation", default="fast", help="fast, or reference for the paper's loops")
     parser.add_argument("--checkpoint", help="Lightning checkpoint or state dict (the newest best.ckpt under runs/)")
@@ -48,8 +50,8 @@ def parse_widths(words: list[str] | None) -> list[int] | dict[str, int] | None:
         if all(named):
             return {site: int(width) for site, _, width in (word.rpartition("=") for word in words)}
         return [int(word) for word in words]
-    except ValueError as error:
-        fail(f"--widths {' '.join(words)}: {error}")
+    except ValueError:
+        fail(f"--widths {' '.join(words)}: give whole numbers")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -58,8 +60,8 @@ def main(arguments: list[str] | None = None) -> None:
     with one_line_errors():
         try:
             torch.empty(0, device=args.device)
-        except (RuntimeError, AssertionError) as error:
-            fail(f"device {args.device!r} is not available ({str(error).splitlines()[0]}): give --device cpu")
+        except (RuntimeError, AssertionError):
+            fail(f"device {args.device!r} is not available here: give --device cpu")
         torch.manual_seed(args.seed)
         grid = Grid(
             methods=args.method,

@@ -1,11 +1,12 @@
 """Train an image classifier: `python train.py`, or `python train.py --config configs/resnet56_cifar10.yaml`."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
-from pytorch_lightning import Trainer
+from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
-from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from pytorch_lightning.loggers import CSVLogger
 
 from nm_lightning.cli.errors import fail, one_line_errors
@@ -37,6 +38,16 @@ def pretrained_transforms(model: str, weights: str | None) -> str | None:
     return f"{model}:{weights}" if weights else None
 
 
+class SaveConfig(SaveConfigCallback):
+    """The run's configuration goes beside its checkpoints, whatever the logger."""
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write `config.yaml`."""
+        folder = Path(trainer.checkpoint_callback.dirpath if trainer.checkpoint_callback else trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.parser.save(self.config, folder / "config.yaml", skip_none=False, overwrite=True, multifile=False)
+
+
 class TrainCLI(LightningCLI):
     """Class count and image shape come from the data; checkpoints and logs go to `runs/<experiment>`."""
 
@@ -56,7 +67,6 @@ class TrainCLI(LightningCLI):
                 "checkpoint.filename": "best",
                 "checkpoint.monitor": "val/accuracy",
                 "checkpoint.mode": "max",
-                "checkpoint.save_last": True,
                 "checkpoint.enable_version_counter": False,
                 "checkpoint.auto_insert_metric_name": False,
             }
@@ -72,6 +82,8 @@ class TrainCLI(LightningCLI):
         if self.config["trainer"]["logger"] is None:
             kwargs["logger"] = CSVLogger(folder.parent, folder.name)
         trainer = super().instantiate_trainer(default_root_dir=folder, **kwargs)
+        if trainer.checkpoint_callbacks:  # `save_last` would only follow the best
+            trainer.callbacks.append(ModelCheckpoint(folder, "last", enable_version_counter=False))
         if trainer.loggers:
             trainer.callbacks.append(LearningRateMonitor("epoch"))
         return trainer
@@ -88,6 +100,8 @@ def check_resumable(ckpt_path: str, module: ImageClassifier) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Train, then test the best checkpoint."""
     offline_without_account()
+    for message in ("Checkpoint directory", ".*treespec, LeafSpec", "The number of training batches"):
+        warnings.filterwarnings("ignore", message)
     with one_line_errors():
         cli = TrainCLI(
             ImageClassifier,
@@ -95,7 +109,8 @@ def main(arguments: list[str] | None = None) -> None:
             run=False,
             args=arguments,
             seed_everything_default=0,
-            save_config_kwargs={"overwrite": True},
+            save_config_callback=SaveConfig,
+            save_config_kwargs={"save_to_log_dir": False},
             parser_kwargs={"default_config_files": [str(DEFAULT_CONFIG)]},
         )
         ckpt_path = cli.config["ckpt_path"]

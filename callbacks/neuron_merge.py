@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.utilities import rank_zero_info
+from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from nm_lightning.compression import CompressionResult, compress, cost
@@ -22,8 +23,9 @@ from nm_lightning.modules import evaluate
 class NeuronMergeCallback(Callback):
     """After `fit`: take the best weights, measure, compress a copy, measure again, log, and save `compressed.ckpt`.
 
-    The accuracies are the test set's where the data module has one, else the validation set's. They go, with
-    parameters and MACs, to every logger of the Trainer as `accuracy/before`, `accuracy/after`, ...
+    The accuracies are the test set's where the data module has one, else the validation set's; without batches of
+    inputs and class labels they are left out. They go, with parameters and MACs, to every logger of the Trainer as
+    `accuracy/before`, `accuracy/after`, `accuracy/drop`, `parameters/before`, ...
 
         trainer = Trainer(callbacks=[NeuronMergeCallback(method="merge", ratio=0.5)])
 
@@ -35,6 +37,7 @@ class NeuronMergeCallback(Callback):
         sites: glob patterns of layer names inside the LightningModule, such as `model.layer1.*`; None for all.
         threshold: least cosine similarity of a merged pair.
         lamda: weight of the cosine distance against the bias distance, where a BatchNorm follows.
+        scope: `hidden`, or `all` for residual streams too.
         formulation: `published`, `textbook` or `consistent`.
         replace: leave the compressed network in the Trainer's module instead of the original.
         filename: of the checkpoint, beside the best one.
@@ -56,6 +59,7 @@ class NeuronMergeCallback(Callback):
         threshold: float | None = 0.1,
         lamda: float = 0.85,
         formulation: str = "published",
+        scope: str = "hidden",
         replace: bool = False,
         filename: str = "compressed.ckpt",
     ):
@@ -70,6 +74,7 @@ class NeuronMergeCallback(Callback):
             "threshold": threshold,
             "lamda": lamda,
             "formulation": formulation,
+            "scope": scope,
         }
         self.replace, self.filename = replace, filename
         self.result: CompressionResult | None = None
@@ -84,30 +89,34 @@ class NeuronMergeCallback(Callback):
         original.to(device)
 
         data, loader = trainer.datamodule, _test_loader(trainer)
-        example = _example(original, data, loader, device)
+        example, labelled = _example(original, data, loader, device)
         self.result = compress(original, example, **self.settings)
-        sizes = {"before": cost(original, example), "after": cost(self.result.model, example)}
         metrics: dict[str, float] = {}
         for when, module in (("before", original), ("after", self.result.model)):
-            metrics[f"accuracy/{when}"] = evaluate(module, loader, data, device, f"accuracy {when} compression")
-            metrics[f"parameters/{when}"] = sizes[when].parameters
-            metrics[f"macs/{when}"] = sizes[when].macs
-        metrics["accuracy/drop"] = metrics["accuracy/before"] - metrics["accuracy/after"]
+            if labelled:
+                metrics[f"accuracy/{when}"] = evaluate(module, loader, data, device, f"accuracy {when} compression")
+            size = cost(module, example)
+            metrics |= {f"parameters/{when}": size.parameters, f"macs/{when}": size.macs}
+        accuracy = "not measured, as it needs batches of inputs and class labels"
+        if labelled:
+            metrics["accuracy/drop"] = metrics["accuracy/before"] - metrics["accuracy/after"]
+            accuracy = f"{100 * metrics['accuracy/before']:.2f} % to {100 * metrics['accuracy/after']:.2f} %"
 
         plan = compose(getattr(pl_module, "compression_plan", {}), self.result.plan)
         folder = Path(best).parent if best else Path(trainer.log_dir or trainer.default_root_dir)
+        saved = trainer.is_global_zero and not trainer.fast_dev_run
         if trainer.is_global_zero:
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=trainer.global_step)
+        if saved:
             state = {name: value.cpu() for name, value in self.result.model.state_dict().items()}
             more = {"hyper_parameters": dict(pl_module.hparams)}
             if data is not None:
                 more["datamodule_hyper_parameters"] = dict(data.hparams)
             write(folder / self.filename, state, plan, **more)
         rank_zero_info(
-            f"{self.settings['method']}: accuracy {100 * metrics['accuracy/before']:.2f} % to "
-            f"{100 * metrics['accuracy/after']:.2f} %, parameters {metrics['parameters/before']:,} to "
-            f"{metrics['parameters/after']:,}; saved {folder / self.filename}"
+            f"{self.settings['method']}: accuracy {accuracy}, parameters {metrics['parameters/before']:,} to "
+            f"{metrics['parameters/after']:,}" + (f"; saved {folder / self.filename}" if saved else "")
         )
         if self.replace:
             narrow = self.result.model.to(pl_module.device)
@@ -117,29 +126,27 @@ class NeuronMergeCallback(Callback):
 
 
 def _test_loader(trainer: Trainer) -> Any:
-    """The test set's loader, or the validation set's where there is no test set."""
+    """The test set's loader; where there is none the validation set's, or else the training set's."""
     data = trainer.datamodule
     if data is None:
-        return trainer.val_dataloaders
-    try:
-        data.setup("test")
-        return data.test_dataloader()
-    except NotImplementedError:
-        return data.val_dataloader()
-    except Exception as error:
-        # Lightning's own base class raises its MisconfigurationException where a hook is missing
-        if type(error).__name__ == "MisconfigurationException":
-            return data.val_dataloader()
-        raise
+        return trainer.val_dataloaders or trainer.train_dataloader
+    for stage, hook in (("test", "test_dataloader"), ("validate", "val_dataloader"), ("fit", "train_dataloader")):
+        if is_overridden(hook, data, LightningDataModule):
+            data.setup(stage)
+            return getattr(data, hook)()
+    raise InputError(f"NeuronMergeCallback needs data: {type(data).__name__} has no loader")
 
 
-def _example(module: LightningModule, data: Any, loader: Any, device: torch.device) -> Tensor:
-    """One image for tracing: the module's own example, or the first of the loader."""
+def _example(module: LightningModule, data: Any, loader: Any, device: torch.device) -> tuple[Tensor, bool]:
+    """One input for tracing (the module's own, or the loader's first), and whether batches have class labels."""
+    batch = next(iter(loader[0] if isinstance(loader, (list, tuple)) else loader))
+    pair = isinstance(batch, (list, tuple)) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch)
+    labelled = pair and batch[1].ndim == 1 and not batch[1].is_floating_point()
     if isinstance(module.example_input_array, Tensor):
-        return module.example_input_array.to(device)
-    if loader is None:
-        raise InputError("NeuronMergeCallback needs data: give the Trainer a validation set or a data module")
-    images, labels = (part.to(device) for part in next(iter(loader)))
+        return module.example_input_array.to(device), labelled
+    if not pair:
+        raise InputError("NeuronMergeCallback: batches are no (inputs, labels); set the module's example_input_array")
+    images, labels = (part.to(device) for part in batch)
     if data is not None:
         images, _ = data.on_after_batch_transfer((images, labels), 0)
-    return images[:1]
+    return images[:1], labelled

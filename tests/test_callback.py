@@ -121,6 +121,20 @@ def test_a_users_module_with_plain_loaders(kind, tmp_path):
     assert evaluate(narrow, loader) == pytest.approx(logged(tmp_path)["accuracy/after"], abs=1e-6)
 
 
+def test_without_class_labels_it_compresses_all_the_same(tmp_path):
+    class Regression(Users):
+        def training_step(self, batch, index):
+            return nn.functional.mse_loss(self(batch[0]), batch[1])
+
+        def validation_step(self, batch, index):
+            self.log("val/accuracy", 0.0)
+
+    loader = DataLoader(TensorDataset(torch.randn(20, 1, 8, 8), torch.randn(20, 10)), 10)
+    fit(tmp_path, NeuronMergeCallback(ratio=0.5), module=Regression(), train_dataloaders=loader, val_dataloaders=loader)
+    assert set(logged(tmp_path)) >= {"parameters/before", "parameters/after", "macs/before", "macs/after"}
+    assert nm_lightning.load(tmp_path / "compressed.ckpt", into=Regression()).net[1].out_features == 20
+
+
 def test_wandb_works_offline_without_an_account(tmp_path, monkeypatch):
     for variable in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(variable, raising=False)

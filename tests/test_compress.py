@@ -20,6 +20,8 @@ from nm_lightning.data import build_data
 from nm_lightning.models import build_model
 from nm_lightning.modules import ImageClassifier, evaluate
 
+BEST = "runs/lenet_300_100_digits/best.ckpt"
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
@@ -101,6 +103,13 @@ def test_widths_by_order_and_by_name(workplace, tmp_path):
     assert report(tmp_path / "sites")["results"][0]["widths"] == {"ip1": 150}
 
 
+def test_an_output_folder_holds_what_its_report_tells(workplace, tmp_path):
+    compress.main(["--ratio", "0.5", "0.6", "--output", str(tmp_path / "out")])
+    compress.main(["--ratio", "0.7", "--output", str(tmp_path / "out")])
+    told = {row["checkpoint"] for row in report(tmp_path / "out")["results"]}
+    assert {file.name for file in (tmp_path / "out").glob("*.ckpt")} == told
+
+
 def test_implementations_agree(workplace, tmp_path):
     rows = []
     for implementation in ("fast", "reference"):
@@ -179,7 +188,7 @@ def test_imagenet_for_real(real_data, tmp_path):
         (["--widths", "0", "20"], "width 0 for ip1"),
         (["--widths", "ip9=20"], "'ip9'"),
         (["--widths", "ip1=20", "30"], "not both"),
-        (["--widths", "many", "20"], "'many'"),
+        (["--widths", "many", "20"], "--widths many 20: give whole numbers"),
         (["--sites", "conv*"], "'conv*' matches none"),
         (["--device", "abacus"], "device 'abacus'"),
         (["--seed", "today"], "'today'"),
@@ -199,6 +208,9 @@ def test_imagenet_for_real(real_data, tmp_path):
         ),
         (["--checkpoint", "bare.ckpt", "--model", "resnet20", "--data", "cifar10"], "no cifar10 in 'data'"),
         (["--model", "resnet20", "--data", "digits"], "no training run of resnet20 on digits"),
+        (["--checkpoint", BEST, "--data", "fashion_mnist"], "trained for input_shape (1, 8, 8)"),
+        (["--model", "lenet_300_100", "--weights", "DEFAULT"], "torchvision's"),
+        (["--checkpoint", "runs"], "'runs' is a folder"),
         (["--output", "text.ckpt"], "output 'text.ckpt' can't be written"),
         (["--output", "text.ckpt/out"], "output 'text.ckpt/out' can't be written"),
     ],

@@ -42,7 +42,8 @@ def test_every_config_trains(config, in_tmp):
     made_on_the_spot(name, in_tmp)
     train.main(["--config", str(path), *SHORT, "--data.data_dir", str(in_tmp), "--data.num_workers", "0"])
     assert {"best.ckpt", "last.ckpt"} <= {file.name for file in (in_tmp / "runs" / config).iterdir()}
-    assert next((in_tmp / "runs" / config).glob("version_0/config.yaml"))
+    assert (in_tmp / "runs" / config / "config.yaml").is_file()
+    assert (in_tmp / "runs" / config / "version_0" / "metrics.csv").is_file()
 
 
 def test_no_arguments_mean_lenet_on_fashion_mnist(in_tmp, fashion_mnist, capsys):
@@ -76,6 +77,13 @@ def test_training_resumes(in_tmp):
     assert resumed["global_step"] == steps // 2 * 3
 
 
+def test_last_is_the_last_epoch_whatever_the_best_was(in_tmp):
+    digits("--trainer.max_epochs", "8", "--model.lr", "0", "--model.milestones", "[]")  # no epoch beats the first
+    folder = Path("runs/lenet_300_100_digits")
+    assert torch.load(folder / "best.ckpt", weights_only=True)["epoch"] == 0
+    assert torch.load(folder / "last.ckpt", weights_only=True)["epoch"] == 7
+
+
 def test_a_checkpoint_rebuilds_its_module(in_tmp):
     digits("--trainer.max_epochs", "3")
     module = ImageClassifier.load_from_checkpoint("runs/lenet_300_100_digits/best.ckpt", weights_only=True)
@@ -101,6 +109,7 @@ def test_a_checkpoint_rebuilds_its_module(in_tmp):
         (["--ckpt_path", "missing.ckpt"], "'missing.ckpt' does not exist"),
         (["--ckpt_path", "text.ckpt"], "'text.ckpt' is truncated or not a PyTorch checkpoint"),
         (["--ckpt_path", "weights.ckpt"], "holds no state of a training run"),
+        (["--trainer.callbacks+=callbacks.NeuronMergeCallback", "--trainer.callbacks.ratio", "1.5"], "ratio 1.5"),
     ],
 )
 def test_bad_input_is_one_line(arguments, says, in_tmp, capsys):

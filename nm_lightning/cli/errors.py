@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
 from nm_lightning.errors import InputError
 
 
@@ -36,8 +38,15 @@ def one_line_errors() -> Iterator[None]:
     before: Callable | int | None = signal.signal(signal.SIGTERM, terminate)
     try:
         yield
-    except InputError as error:
+    except (InputError, MisconfigurationException) as error:
         fail(str(error))
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, InputError):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None:
+            raise
+        fail(str(cause))
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     finally:

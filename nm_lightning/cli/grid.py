@@ -1,6 +1,7 @@
 """The whole grid of methods, criteria and ratios on one loaded network."""
 
 import itertools
+import json
 import os
 import shutil
 import tempfile
@@ -76,6 +77,10 @@ def run_grid(source: Source, grid: Grid, output: Path, device: str = "cpu") -> l
 
     with _appearing(output) as folder:
         console.print(f"{name} on {data_name}, from {source.origin}", soft_wrap=True)
+        listed = ", ".join(site.name for site in sites[:6]) + (f", ... ({len(sites)})" if len(sites) > 6 else "")
+        console.print(f"sites {listed}; threshold {threshold:g}, lamda {lamda:g}, {grid.formulation}", soft_wrap=True)
+        if source.origin == "random weights":
+            console.print("note: random weights: give --checkpoint PATH or --weights DEFAULT", soft_wrap=True)
         before = cost(network, example)
         loader = data.test_dataloader()
         baseline = Baseline(evaluate(network, loader, data, device, "original"), before.parameters, before.macs)
@@ -150,17 +155,28 @@ def _appearing(output: Path) -> Iterator[Path]:
         folder = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
         if output.exists() and not (output.is_dir() and os.access(output, os.W_OK)):
             folder.rmdir()
-            raise PermissionError(f"{output} is not a folder that can be written")
+            raise PermissionError("not a folder with write permission")
     except OSError as error:
         reason = error.strerror or error
-        raise InputError(f"output {str(output)!r} can't be written ({reason}): give --output DIR") from error
+        raise InputError(f"output {str(output)!r} can't be written ({reason}): give another --output DIR") from error
     folder.chmod(0o755)
     try:
         yield folder
         if not output.exists():
             folder.rename(output)
         else:
+            for old in _written_before(output):
+                old.unlink(missing_ok=True)
             for file in sorted(folder.iterdir(), key=lambda file: file.name == "report.json"):
                 file.replace(output / file.name)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _written_before(output: Path) -> list[Path]:
+    """The checkpoints that the folder's last report tells of."""
+    try:
+        rows = json.loads((output / "report.json").read_text())["results"]
+        return [output / Path(row["checkpoint"]).name for row in rows]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []

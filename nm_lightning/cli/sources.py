@@ -47,6 +47,8 @@ def open_source(
     Raises:
         InputError: nothing fits, or something is missing.
     """
+    if weights and not (model or "").startswith("torchvision/"):
+        raise InputError(f"weights {weights!r} are torchvision's: give --model torchvision/<name> with them")
     found = (Path(checkpoint), read(checkpoint)) if checkpoint else None
     if found is None and weights is None:
         found = _newest_run(model, data)
@@ -72,6 +74,10 @@ def open_source(
 
     if known.get("name") == name:
         module = ImageClassifier(**{**known, "weights": None})
+        for label, shape in (("input_shape", images.input_shape), ("num_classes", images.num_classes)):
+            trained = module.hparams[label]
+            if trained != shape:
+                raise InputError(f"checkpoint {str(path)!r} was trained for {label} {trained}, {data} has {shape}")
         module.on_load_checkpoint(content)
         load_weights(module, content["state_dict"], path)
         return Source(module, images, str(path))

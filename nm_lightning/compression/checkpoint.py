@@ -15,14 +15,14 @@ from nm_lightning.errors import InputError
 PLAN_KEY = "compression_plan"  # beside `state_dict` in a checkpoint
 
 
-def save(path: str | Path, result: CompressionResult) -> None:
+def save(result: CompressionResult, path: str | Path) -> None:
     """Write a compressed network: its weights and its plan, which `load` puts onto the wide architecture.
 
     >>> import tempfile
     >>> from nm_lightning import compress
     >>> wide = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     save(f"{folder}/small.pt", compress(wide, torch.zeros(1, 4), ratio=0.75))
+    ...     save(compress(wide, torch.zeros(1, 4), ratio=0.75), f"{folder}/small.pt")
     ...     load(f"{folder}/small.pt", into=wide)[0]
     Linear(in_features=4, out_features=2, bias=True)
     """
@@ -73,6 +73,8 @@ def read(path: str | Path) -> dict[str, Any]:
     Raises:
         InputError: the file is missing, truncated, holds code, or is no checkpoint.
     """
+    if Path(path).is_dir():
+        raise InputError(f"checkpoint {str(path)!r} is a folder: name a file in it")
     if not Path(path).is_file():
         raise InputError(f"checkpoint {str(path)!r} does not exist")
     try:

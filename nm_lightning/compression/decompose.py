@@ -5,11 +5,14 @@ output is made from the `k` kept ones. Source: Kim et al., "Neuron Merging: Comp
 NeurIPS 2020, algorithms 1 to 3. All of it is tensor code over a whole site; `reference.py` holds the literal loops.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
+
+from nm_lightning.compression.sites import Member
 
 FORMULATIONS = ("published", "textbook", "consistent")
 
@@ -37,26 +40,31 @@ class Norm:
         return self.variance if formulation == "published" else torch.sqrt(self.variance + self.eps)
 
 
-def neuron_vectors(layer: nn.Module, with_bias: bool) -> Tensor:
-    """Each neuron's weight vector `w_i`: `(n, d)` in float32, the bias appended where asked for and present."""
-    vectors = layer.weight.detach().flatten(1).float()
-    if with_bias and layer.bias is not None:
-        vectors = torch.cat([vectors, layer.bias.detach().float()[:, None]], dim=1)
-    return vectors
+def neuron_vectors(member: Member, tensors: Mapping[str, Tensor], with_bias: bool) -> Tensor:
+    """Each neuron's weight vector `w_i`: `(n, d)` in float32, the bias appended where asked for and present.
+
+    Args:
+        member: a producer.
+        tensors: the network's, by name.
+        with_bias: whether a bias belongs to the vector.
+    """
+    (weight, dim), *others = member.slots
+    positions = member.positions()
+    parts = [tensors[weight].detach().movedim(dim, 0)[positions].flatten(1)]
+    parts += [tensors[bias].detach()[positions] for bias, _ in others if with_bias]
+    return torch.cat(parts, dim=1).float()
 
 
-def norm_parameters(norm: nn.Module, channels: Tensor, layer: nn.Module) -> Norm:
-    """A BatchNorm's parameters at the site's `channels` `(n,)`; `layer` produces them."""
-
-    def at(values: Tensor | None, default: float) -> Tensor:
-        if values is None:
-            return torch.full((len(channels),), default, device=channels.device)
-        return values.detach()[channels].float()
-
-    mean = at(norm.running_mean, 0.0)
-    if layer.bias is not None:
-        mean = mean - layer.bias.detach().float()
-    return Norm(at(norm.weight, 1.0), at(norm.bias, 0.0), mean, at(norm.running_var, 1.0), norm.eps)
+def norm_parameters(norm: Member, producer: Member, tensors: Mapping[str, Tensor], eps: float) -> Norm:
+    """A BatchNorm's parameters at the site's neurons; `producer` is the layer before it, whose bias it subtracts."""
+    values = {name.rpartition(".")[2]: tensors[name].detach() for name, _ in norm.slots}
+    channels = norm.positions()[:, 0]
+    mean, variance = values["running_mean"][channels].float(), values["running_var"][channels].float()
+    weight = values["weight"][channels].float() if "weight" in values else torch.ones_like(mean)
+    shift = values["bias"][channels].float() if "bias" in values else torch.zeros_like(mean)
+    for bias, _ in producer.slots[1:]:
+        mean = mean - tensors[bias].detach()[producer.positions()[:, 0]].float()
+    return Norm(weight, shift, mean, variance, eps)
 
 
 def prune(neurons: int, keep: Tensor) -> Tensor:
@@ -79,6 +87,7 @@ def merge(
     norm: Norm | None = None,
     lamda: float = 0.85,
     formulation: str = "published",
+    groups: Tensor | None = None,
 ) -> Tensor:
     """The scaling matrix of merging: each removed neuron goes, scaled, to one kept neuron.
 
@@ -91,6 +100,7 @@ def merge(
         formulation: `published` (the running variance as scale, the published ratios), `textbook` (the standard
             deviation, the published ratios) or `consistent` (the ratios that `h_i ~ S h_p` demands, and no negative
             scale, which ReLU would not pass).
+        groups: `(n,)`, the group of each neuron in a grouped convolution that reads it; pairs stay within. None: one.
 
     Returns:
         `Z` of shape `(n, k)` in float32.
@@ -117,6 +127,8 @@ def merge(
         cost = lamda * (1 - cosine) + (1 - lamda) * _min_max(bias_distance, valid)
         cost = cost.masked_fill(~valid, torch.inf)
 
+    if groups is not None:
+        cost = cost.masked_fill(groups[removed, None] != groups[keep], torch.inf)
     rows = torch.arange(len(removed), device=keep.device)
     partner = cost.argmin(dim=1)
     merged = cost[rows, partner].isfinite()

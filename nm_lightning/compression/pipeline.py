@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from nm_lightning.compression import decompose, reference, select
-from nm_lightning.compression.fold import Plan, absorb, apply_plan, plan_site, put
+from nm_lightning.compression.fold import Plan, absorb, apply_plan, named_tensors, plan_sites, put
+from nm_lightning.compression.prepare import plain, unwrapped
 from nm_lightning.compression.report import Report, SiteReport
-from nm_lightning.compression.trace import Consumer, Site, trace
+from nm_lightning.compression.sites import Consumer, Site
+from nm_lightning.compression.trace import trace
 from nm_lightning.errors import InputError
 
 METHODS = ("prune", "merge")
@@ -48,12 +50,14 @@ class CompressionResult:
     Attributes:
         model: an ordinary network of the original's class, narrower.
         report: what happened at each site.
-        plan: the surviving positions of every layer that changed (`fold.apply_plan` repeats the slicing).
+        plan: the surviving positions of every tensor that changed (`apply_plan` repeats the slicing).
+        keep: by site, the indices of the neurons that stayed.
     """
 
     model: nn.Module
     report: Report
     plan: Plan
+    keep: dict[str, Tensor]
 
 
 def compress(
@@ -65,6 +69,7 @@ def compress(
     *,
     widths: Sequence[int] | Mapping[str, int] | None = None,
     sites: str | Sequence[str] | None = None,
+    scope: str = "hidden",
     threshold: float | None = 0.1,
     lamda: float = 0.85,
     formulation: str = "published",
@@ -74,13 +79,14 @@ def compress(
     """Make a trained network smaller without data, labels or training.
 
     Args:
-        model: any network that `torch.fx` can trace. It is left as it was.
-        example_input: a batch that `model` accepts; only its shape matters.
+        model: any network that `torch.fx` can trace, also inside DDP or `torch.compile`. It is left as it was.
+        example_input: a batch that `model` accepts; only its shape and dtype matter.
         method: `prune` drops neurons, `merge` folds each into its most similar survivor (Kim et al., NeurIPS 2020).
         criterion: which neurons stay: `l1-norm`, `l2-norm` or `l2-GM`.
         ratio: share of each site's neurons to remove, in [0, 1).
         widths: the survivors instead: one integer for each site in order, or a mapping from site to integer.
         sites: glob patterns of layer names; None for all.
+        scope: `hidden` for neurons inside a block, `all` for those of residual streams too.
         threshold: least cosine similarity of a merged pair, in [0, 1]; 0 or None switches the test off.
         lamda: weight of the cosine distance against the bias distance, in [0, 1], where a BatchNorm follows.
         formulation: `published`, `textbook` or `consistent`, see `decompose.merge`.
@@ -104,83 +110,120 @@ def compress(
     """
     options = Options(method, criterion, threshold, lamda, formulation, implementation)
     select.check_ratio(ratio)
+    if not isinstance(example_input, Tensor):
+        raise InputError(f"example_input is a {type(example_input).__name__}: give one tensor, a batch of images")
+    model = unwrapped(model)
     narrow = copy.deepcopy(model)
-    modes = [(module, module.training) for module in narrow.modules()]
-    narrow.eval()
-    found = trace(narrow, _like(example_input, narrow))
+    notes = plain(narrow)
+    originals = named_tensors(narrow if notes else model)
+    if notes:  # what is folded below must not be seen by the scaling matrices of other sites
+        originals = {name: tensor.detach().clone() for name, tensor in originals.items()}
+    found = trace(narrow, example_input, scope)
     chosen = select.choose(found.sites, sites)
     counts = select.budget(chosen, ratio, widths, rounding)
 
-    report, plan = Report(skipped=found.skipped), {}
-    originals = dict(model.named_modules())  # scaling comes from the original weights, whatever is merged above
+    report, keeps, tensors = Report(skipped=found.skipped, remarks=notes), {}, named_tensors(narrow)
+    layers = dict(narrow.named_modules())
     for site in chosen:
-        with_bias = not any(consumer.norm for consumer in site.consumers)  # a norm would subtract it again
-        scores = select.CRITERIA[criterion](decompose.neuron_vectors(originals[site.name], with_bias))
-        keep = select.survivors(scores, counts[site.name])
+        keep = select.survivors(_scores(site, originals, criterion).cpu(), counts[site.name], site.cells)
+        keeps[site.name] = keep
         row = SiteReport(site.name, site.width, len(keep), method)
         report.sites.append(row)
-        if len(keep) < site.width:
-            _fold(narrow, site, keep, _scalings(site, keep, originals, options, row), implementation)
-            plan_site(plan, site.producer, site.passed, site.consumers, keep)
+        if len(keep) < site.width and method != "prune":
+            scalings = _scalings(site, keep, originals, layers, options, row)
+            multiply = absorb if implementation == "fast" else reference.absorb
+            for consumer, scaling in zip(site.consumers, scalings, strict=True):
+                if scaling is not None:
+                    _fold(tensors, consumer, keep, scaling, multiply)
 
+    plan = plan_sites(chosen, keeps)
     apply_plan(narrow, plan)
-    for module, training in modes:
-        module.training = training
-    return CompressionResult(narrow, report, plan)
+    return CompressionResult(narrow, report, plan, keeps)
 
 
-def _like(example_input: Tensor, model: nn.Module) -> Tensor:
-    """The example on the network's device, and in its dtype if it is a floating-point one."""
-    parameter = next(model.parameters(), None)
-    if parameter is None:
-        return example_input
-    return example_input.to(parameter.device, parameter.dtype if example_input.is_floating_point() else None)
+def _scores(site: Site, tensors: Mapping[str, Tensor], criterion: str) -> Tensor:
+    """How much each neuron should stay, `(n,)`; where several layers are added, each has an equal say."""
+    score = select.CRITERIA[criterion]
+    with_bias = not any(consumer.norm for consumer in site.consumers)  # a norm would subtract it again
+    vectors = [decompose.neuron_vectors(producer, tensors, with_bias) for producer in site.producers]
+    if not site.coupled:
+        return score(vectors[0])
+    scores = [score(each) for each in vectors]
+    return sum(each / each.mean().clamp(min=1e-30) for each in scores)
 
 
-def _fold(narrow: nn.Module, site: Site, keep: Tensor, scalings: list[Tensor], implementation: str) -> None:
-    """Give each consumer its columns on the kept neurons, still among the removed ones."""
-    multiply = absorb if implementation == "fast" else reference.absorb
-    for consumer, scaling in zip(site.consumers, scalings, strict=True):
-        weight, positions = narrow.get_submodule(consumer.name).weight.data, consumer.positions()
-        put(weight, positions, keep, multiply(weight, positions, scaling))
+def _fold(tensors: Mapping[str, Tensor], consumer: Consumer, keep: Tensor, scaling: Tensor, multiply: Callable) -> None:
+    """Give a consumer its columns on the kept neurons, still among the removed ones."""
+    name, dim = consumer.slots[0]
+    weight = tensors[name].data.movedim(dim, 1)
+    positions, keep = consumer.positions().to(weight.device), keep.to(weight.device)
+    if consumer.groups == 1:
+        put(weight, positions, keep, multiply(weight, positions, scaling.to(weight.device)))
+    else:
+        block = absorb(weight, positions, scaling.to(weight.device), keep, consumer.groups)
+        put(weight, positions, keep, block, consumer.groups)
 
 
 def _scalings(
-    site: Site, keep: Tensor, layers: Mapping[str, nn.Module], options: Options, row: SiteReport
-) -> list[Tensor]:
-    """The scaling matrix `(n, k)` on the way to each consumer; what happened is noted in `row`.
+    site: Site,
+    keep: Tensor,
+    tensors: Mapping[str, Tensor],
+    layers: Mapping[str, nn.Module],
+    options: Options,
+    row: SiteReport,
+) -> list[Tensor | None]:
+    """Merging's matrix `(n, k)` on the way to each consumer, None where it is pruned; what happened goes to `row`.
 
     Where a scaled neuron would not arrive scaled, merging falls back to pruning.
     """
-    pruned = decompose.prune(site.width, keep)
-    if options.method == "prune":
-        return [pruned] * len(site.consumers)
-    merged: dict[str | None, Tensor] = {}  # by norm on the way
-    scalings = []
+    merged: dict[tuple, Tensor] = {}
+    scalings: list[Tensor | None] = []
     for consumer in site.consumers:
         obstacle = consumer.obstacle
-        if consumer.norm and layers[consumer.norm].running_mean is None:
-            obstacle = f"{consumer.norm} keeps no running statistics"
+        if len(site.producers) > 1:
+            obstacle = obstacle or f"{', '.join(member.name for member in site.producers)} make it together"
+        elif site.producers[0].positions().shape[1] > 1:
+            obstacle = obstacle or f"a neuron is several rows of {site.name}"
+        elif consumer.norm and layers[consumer.norm].running_mean is None:
+            obstacle = obstacle or f"{consumer.norm} keeps no running statistics"
+        elif consumer.groups > 1 and consumer.positions().shape[1] > 1:
+            obstacle = obstacle or f"a neuron is several columns of the grouped {consumer.name}"
         if obstacle:
             row.note = f"pruned, not merged: {obstacle}"
-        elif consumer.norm not in merged:
-            merged[consumer.norm] = _merge(site, consumer, keep, layers, options)
-        scalings.append(pruned if obstacle else merged[consumer.norm])
+            scalings.append(None)
+            continue
+        key = (consumer.norm, consumer.name if consumer.groups > 1 else "")
+        if key not in merged:
+            merged[key] = _merge(site, consumer, keep, tensors, layers, options)
+        scalings.append(merged[key])
     row.merged = max((int((scaling != 0).any(dim=1).sum()) - len(keep) for scaling in merged.values()), default=0)
     row.negative = sum(int((scaling < 0).sum()) for scaling in merged.values())
+    if row.note and not merged:
+        row.method = "prune"
     return scalings
 
 
-def _merge(site: Site, consumer: Consumer, keep: Tensor, layers: Mapping[str, nn.Module], options: Options) -> Tensor:
+def _merge(
+    site: Site,
+    consumer: Consumer,
+    keep: Tensor,
+    tensors: Mapping[str, Tensor],
+    layers: Mapping[str, nn.Module],
+    options: Options,
+) -> Tensor:
     """Merging's scaling matrix `(n, k)`, by the tensor code or by the paper's loops."""
-    producer = layers[site.name]
+    producer = site.producers[0]
     threshold, lamda, formulation = options.threshold, options.lamda, options.formulation
-    vectors, norm = decompose.neuron_vectors(producer, with_bias=consumer.norm is None), None
+    vectors, norm = decompose.neuron_vectors(producer, tensors, with_bias=consumer.norm is None), None
     if consumer.norm:
-        channels = next(member for member in site.passed if member.name == consumer.norm).positions()[:, 0]
-        norm = decompose.norm_parameters(layers[consumer.norm], channels, producer)
-    if options.implementation == "fast":
-        return decompose.merge(vectors, keep, threshold, norm, lamda, formulation)
+        member = next(member for member in site.passed if member.name == consumer.norm)
+        norm = decompose.norm_parameters(member, producer, tensors, layers[consumer.norm].eps)
+    groups = None
+    if consumer.groups > 1:
+        groups = consumer.positions()[:, 0] // (len(consumer.owner) // consumer.groups)
+        groups = groups.to(vectors.device)
+    if options.implementation == "fast" or groups is not None:
+        return decompose.merge(vectors, keep.to(vectors.device), threshold, norm, lamda, formulation, groups)
     if norm is None:
         return reference.most_similar(vectors, keep, threshold)
     return reference.most_similar_normalised(vectors, keep, threshold, norm, lamda, formulation)

@@ -32,10 +32,11 @@ class SiteReport:
 
 @dataclass
 class Report:
-    """All sites of one compression, and the layers that could not be compressed, with the reason."""
+    """All sites of one compression, the layers that could not be compressed with the reason, and further remarks."""
 
     sites: list[SiteReport] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
 
     @property
     def widths(self) -> dict[str, int]:
@@ -45,7 +46,7 @@ class Report:
     @property
     def notes(self) -> list[str]:
         """The sentences that a reader of the result should see."""
-        notes = [f"{site.name}: {site.note}" for site in self.sites if site.note]
+        notes = [*self.remarks, *(f"{site.name}: {site.note}" for site in self.sites if site.note)]
         negative = sum(site.negative for site in self.sites)
         if negative:
             notes.append(f"{negative} negative scaling entries kept, as published")

@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor
 
-from nm_lightning.compression.trace import Site
+from nm_lightning.compression.sites import Site
 from nm_lightning.errors import InputError
 
 Rounding = Callable[[int, float], int]
@@ -37,13 +37,24 @@ CRITERIA: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def survivors(scores: Tensor, width: int) -> Tensor:
+def survivors(scores: Tensor, width: int, cells: Tensor | None = None) -> Tensor:
     """The indices of the `width` largest scores, ascending; among equal scores the first neurons stay.
+
+    Args:
+        scores: `(n,)`.
+        width: how many stay.
+        cells: `(n,)`, the cell of each neuron, all equally large; equally many stay in each. None for one cell.
 
     >>> survivors(torch.tensor([3.0, 1.0, 3.0, 2.0]), 2)
     tensor([0, 2])
+    >>> survivors(torch.tensor([3.0, 1.0, 3.0, 2.0]), 2, cells=torch.tensor([0, 1, 0, 1]))
+    tensor([0, 3])
     """
-    return torch.argsort(scores, descending=True, stable=True)[:width].sort().values
+    order = torch.argsort(scores, descending=True, stable=True)
+    count = 1
+    if cells is not None:
+        order, count = order[torch.argsort(cells[order], stable=True)], int(cells.max()) + 1
+    return order.view(count, -1)[:, : width // count].flatten().sort().values
 
 
 def floor(neurons: int, ratio: float) -> int:
@@ -93,6 +104,8 @@ def budget(
     """
     check_ratio(ratio)
     counts = {site.name: rounding(site.width, ratio) if ratio else site.width for site in sites}
+    for site in sites:
+        counts[site.name] = max(site.step, counts[site.name] // site.step * site.step)
     if isinstance(widths, Mapping):
         unknown = [name for name in widths if name not in counts]
         if unknown:
@@ -106,6 +119,8 @@ def budget(
         count = counts[site.name]
         if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= site.width:
             raise InputError(f"width {count!r} for {site.name}: give a whole number from 1 to {site.width}")
+        if count % site.step:
+            raise InputError(f"width {count} for {site.name}: its groups ask for a multiple of {site.step}")
     return counts
 
 

@@ -1,16 +1,13 @@
 """First room: find the sites, the sets of hidden neurons that can shrink together.
 
-The network is run once, symbolically traced, on an example input. Beside every activation travels an integer
-tensor of the same shape that names the neuron each entry comes from. Reshapes, concatenations and other
-movements are simply executed on it; a Linear or Conv that reads it learns which neuron owns which of its
-input columns; an addition ties two neurons together; an operation that is not understood freezes what it
-reads, with a reason. No architecture is known by name.
+`follow.py` watches which neuron each entry of each activation comes from; here what it saw becomes sites. Every site
+is then tried out on a copy without data: a network narrowed at all of them must run, and its layers must read exactly
+the neurons that they are meant to. A site that fails is left alone, with the reason.
 """
 
+import copy
+import traceback
 from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,97 +16,21 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from nm_lightning.compression.fold import apply_plan, plan_sites
+from nm_lightning.compression.follow import FIXED, Access, Facts, Follower, compact
+from nm_lightning.compression.sites import Consumer, Member, Site, Trace
 from nm_lightning.errors import InputError
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-LAYERS = (nn.Linear, *CONVOLUTIONS, *BATCH_NORMS)
-
-# Operations by name, lower case without underscores: module classes, functions and methods spell them alike.
-# f(s x) = s f(x) for every s >= 0, channel by channel:
-HOMOGENEOUS = {"relu", "leakyrelu", "identity", "dropout", "dropout1d", "dropout2d", "dropout3d", "stochasticdepth"}
-HOMOGENEOUS |= {"contiguous", "clone", "detach", "neg"}
-# entry by entry, but not homogeneous:
-ELEMENTWISE = {"relu6", "gelu", "silu", "elu", "selu", "celu", "mish", "softplus", "sigmoid", "tanh", "hardtanh"}
-ELEMENTWISE |= {"hardswish", "hardsigmoid", "logsigmoid", "softsign", "clamp", "abs"}
-# over space, channel by channel, and homogeneous:
-POOLS = {f"{kind}pool{d}d" for kind in ("max", "avg", "adaptivemax", "adaptiveavg") for d in (1, 2, 3)}
-# entries only change their place:
-MOVES = {"flatten", "unflatten", "reshape", "view", "permute", "transpose", "swapaxes", "movedim", "squeeze"}
-MOVES |= {"unsqueeze", "getitem", "chunk", "split", "unbind", "narrow", "cat", "concat", "stack", "expand", "roll"}
-MOVES |= {"pixelshuffle", "pixelunshuffle", "channelshuffle"}
-SUMS = {"add", "iadd", "sub", "isub"}
-PRODUCTS = {"mul", "imul", "multiply", "div", "truediv", "itruediv"}
-
-FIXED = -1  # an entry that no removable neuron owns, such as the network's input
+SCOPES = ("hidden", "all")
 
 
-@dataclass
-class Member:
-    """A layer's share in a site.
-
-    Attributes:
-        name: the layer's name in the network.
-        owner: `(n,)`, for each position of the layer's rows, columns or channels the site's neuron that owns it,
-            -1 where none does.
-    """
-
-    name: str
-    owner: Tensor
-
-    def positions(self) -> Tensor:
-        """The positions each neuron owns: `(neurons, positions of each)`, in order."""
-        neurons = int(self.owner.max()) + 1
-        order = torch.argsort(self.owner, stable=True)
-        return order[int((self.owner < 0).sum()) :].view(neurons, -1)
-
-
-@dataclass
-class Consumer(Member):
-    """A layer that reads the site's neurons.
-
-    Attributes:
-        norm: the BatchNorm between the producer and this layer, if there is one.
-        obstacle: why a scaled neuron would not arrive here scaled; empty where it does.
-    """
-
-    norm: str | None = None
-    obstacle: str = ""
-
-
-@dataclass
-class Site:
-    """Hidden neurons that can shrink together.
-
-    Attributes:
-        name: the producer's name.
-        width: number of neurons.
-        producer: the Linear or Conv whose rows the neurons are.
-        passed: per-channel layers on the way, sliced like the producer.
-        consumers: the layers that read the neurons.
-    """
-
-    name: str
-    width: int
-    producer: Member
-    passed: list[Member]
-    consumers: list[Consumer]
-
-
-@dataclass
-class Trace:
-    """What `trace` found: the sites in the order of execution, and each other layer with the reason it stays."""
-
-    sites: list[Site]
-    skipped: dict[str, str]
-
-
-def trace(model: nn.Module, example_input: Tensor) -> Trace:
+def trace(model: nn.Module, example_input: Tensor, scope: str = "hidden") -> Trace:
     """Find every site of a network.
 
     Args:
-        model: any network that `torch.fx` can trace; its weights are only read. It should be in eval mode.
-        example_input: a batch that `model` accepts.
+        model: any network that `torch.fx` can trace; its weights are only read.
+        example_input: a batch that `model` accepts; only its shape and dtype matter.
+        scope: `hidden` for neurons inside a block, `all` for residual streams too.
 
     Returns:
         The sites, and the layers that can't be compressed with the reason why.
@@ -121,313 +42,317 @@ def trace(model: nn.Module, example_input: Tensor) -> Trace:
     >>> [(site.name, site.width, [c.name for c in site.consumers]) for site in trace(net, torch.zeros(1, 4)).sites]
     [('0', 8, ['2'])]
     """
+    if scope not in SCOPES:
+        raise InputError(f"unknown scope {scope!r}: choose from {', '.join(SCOPES)}")
+    facts = Facts()
     try:
-        graph_module = fx.GraphModule(model, _Tracer().trace(model))
+        hollow, example = without_data(model).eval(), example_input[:1].to("meta")
+        followers = [_follow(hollow, example, facts)]
+    except InputError:  # a tensor that is no buffer stays where it is, and does not meet the meta device
+        hollow, example, facts = copy.deepcopy(model).eval(), example_input[:1], Facts()
+        followers = [_follow(hollow, example, facts)]
+    seen = {tensor for access in facts.accesses.values() for tensor, _ in access.slots}
+    if any(name not in seen for name, _ in hollow.named_parameters()):
+        training = _follow_in_training(hollow, example, facts)  # auxiliary heads exist only there
+        followers += [training] if training else []
+    found = _collect(facts, followers)
+    _try_out(hollow, example, facts, found)
+    if scope == "hidden":
+        for site in [site for site in found.sites if site.coupled]:
+            others = [member.name for member in site.producers[1:]]
+            listed = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
+            for member in site.producers:
+                found.skipped[member.name] = f"added to the neurons of {listed or site.name}: --scope all shrinks them"
+            found.sites.remove(site)
+    return found
+
+
+def without_data(model: nn.Module) -> nn.Module:
+    """A copy of a network on PyTorch's meta device: shapes without memory."""
+    memo = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        empty = torch.empty_like(tensor, device="meta")
+        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+    return copy.deepcopy(model, memo).to("meta")
+
+
+def _follow(hollow: nn.Module, example: Tensor, facts: Facts, given: dict[str, Tensor] | None = None) -> Follower:
+    try:
+        follower = Follower(hollow, facts, given)
     except Exception as error:  # fx raises whatever the user's forward raises on symbolic values
-        raise InputError(f"{type(model).__name__} can't be traced by torch.fx: {_first_line(error)}") from error
+        raise InputError(
+            f"{type(hollow).__name__} can't be traced by torch.fx: {_first_line(error)}{_users_line(error)}"
+        ) from error
     with torch.no_grad():
         try:
-            model(example_input)
+            hollow(example)
         except Exception as error:  # whatever the user's forward raises
-            shape = tuple(example_input.shape)
             raise InputError(
-                f"{type(model).__name__} rejects an input of shape {shape}: {_first_line(error)}"
+                f"{type(hollow).__name__} rejects an input of shape {tuple(example.shape)}: {_first_line(error)}"
             ) from error
-        follower = _Follower(graph_module)
-        follower.run(example_input)
-    return follower.collect()
+        follower.run(example)
+    return follower
+
+
+def _follow_in_training(hollow: nn.Module, example: Tensor, facts: Facts) -> Follower | None:
+    """The same in training mode, where that works."""
+    before = copy.copy(facts)
+    before.blocks, before.accesses = dict(facts.blocks), dict(facts.accesses)
+    counts = len(facts.ties), len(facts.quotas), len(facts.frozen)
+    try:
+        return _follow(hollow.train(), example.expand(2, *example.shape[1:]), facts)
+    except Exception:  # whatever happens there, the network as it is evaluated is known
+        facts.blocks, facts.accesses = before.blocks, before.accesses
+        del facts.ties[counts[0] :], facts.quotas[counts[1] :], facts.frozen[counts[2] :]
+        return None
+    finally:
+        hollow.eval()
 
 
 def _first_line(error: Exception) -> str:
-    lines = str(error).splitlines()
+    lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
 
 
-class _Tracer(fx.Tracer):
-    """Keeps subclasses of the known layers whole, whatever their forward does."""
+def _users_line(error: Exception) -> str:
+    """Where in the user's code an error arose."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename.replace("\\", "/")]
+    frames = [frame for frame in frames if frame.filename != __file__]
+    return f" ({frames[-1].filename.rpartition('/')[2]}, line {frames[-1].lineno}: {frames[-1].line})" if frames else ""
 
-    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        return isinstance(module, LAYERS) or super().is_leaf_module(module, qualified_name)
+
+# -- from what was seen to sites
 
 
-class _Follower(fx.Interpreter):
-    """Runs the graph, and with each value the tensor of the neurons that its entries come from."""
+def _components(count: int, pairs: list[Tensor]) -> Tensor:
+    """Labels of `count` things that `(2, m)` pairs connect."""
+    edges = torch.cat(pairs, dim=1).numpy() if pairs else np.zeros((2, 0), dtype=np.int64)
+    graph = coo_matrix((np.ones(edges.shape[1]), (edges[0], edges[1])), shape=(count, count))
+    return torch.from_numpy(connected_components(graph, directed=False)[1]).long()
 
-    def __init__(self, graph_module: fx.GraphModule):
-        super().__init__(graph_module)
-        self.origins: dict[fx.Node, Any] = {}
-        self.blocks: dict[str, range] = {}  # producer -> the neurons it makes
-        self.reads: dict[str, tuple[fx.Node, Tensor]] = {}  # consumer -> its node, the neuron of each column
-        self.passes: dict[str, tuple[fx.Node, Tensor]] = {}  # per-channel layer -> its node, each channel's neuron
-        self.ties: list[tuple[Tensor, Tensor]] = []
-        self.frozen: list[tuple[Tensor, str]] = []
-        self.roles: dict[fx.Node, str] = {}  # node -> "produce", "norm", "move", "scale", or an obstacle's sentence
-        self.carried: dict[fx.Node, set[str]] = {}
-        self.total = 0
 
-    # -- following one node
+def _collect(facts: Facts, followers: list[Follower]) -> Trace:
+    """The sites: neurons tied to each other and to nothing that must stay."""
+    fixed = facts.total  # one more node, for what no neuron owns
+    ties = [torch.stack([tie.first, tie.second]) for tie in facts.ties]
+    ties = [torch.where(pair == FIXED, fixed, pair) for pair in ties]
+    neuron = _components(fixed + 1, ties)  # what stays or goes as one
+    chains = [torch.stack([names[:-1], names[1:]]) for names in facts.blocks.values() if len(names) > 1]
+    free = [pair[:, (pair != fixed).all(dim=0)] for pair in ties]
+    component = _components(fixed + 1, free + chains)  # what shrinks together
 
-    def run_node(self, node: fx.Node) -> Any:
-        args, kwargs = self.fetch_args_kwargs_from_env(node)
-        value = super().run_node(node)
-        origins = fx.map_arg((node.args, node.kwargs), lambda argument: self.origins[argument])
-        self.origins[node] = self._follow(node, args, kwargs, origins, value)
-        return value
+    reasons: dict[int, str] = {}
+    for names, reason in facts.frozen:
+        for index in component[names[names != FIXED]].unique().tolist():
+            reasons.setdefault(index, reason)
+    for pair, tie in zip(ties, facts.ties, strict=True):
+        ends = pair[:, (pair == fixed).any(dim=0)]
+        for index in component[ends[ends != fixed]].unique().tolist():
+            reasons.setdefault(index, f"{tie.reason}, which can't shrink")
+    reasons.pop(int(component[fixed]), None)
 
-    def _follow(self, node: fx.Node, args: tuple, kwargs: dict, origins: tuple, value: Any) -> Any:
-        sources = [origin for origin in pytree.tree_leaves(origins) if isinstance(origin, Tensor)]
-        if node.op == "output":
-            for source in sources:
-                self._freeze(source, "its neurons are the network's outputs")
-            return None
-        results = [result for result in pytree.tree_leaves(value) if isinstance(result, Tensor)]
-        if node.op in ("placeholder", "get_attr") or not sources or not results:
-            return pytree.tree_map(_fixed, value)
+    block_of = torch.empty(fixed + 1, dtype=torch.long)
+    for number, names in enumerate(facts.blocks.values()):
+        block_of[names] = number
+    coupled = set()
+    for pair, tie in zip(ties, facts.ties, strict=True):
+        if tie.additive:
+            pair = pair[:, (pair != fixed).all(dim=0)]
+            across = pair[0, block_of[pair[0]] != block_of[pair[1]]]
+            coupled |= set(component[across].unique().tolist())
 
-        layer = self.fetch_attr(node.target) if node.op == "call_module" else None
-        if isinstance(layer, nn.Linear):
-            return self._layer(node, layer, sources[0], dim=value.ndim - 1, value=value)
-        if isinstance(layer, CONVOLUTIONS) and layer.groups == 1:
-            return self._layer(node, layer, sources[0], dim=value.ndim - layer.weight.ndim + 1, value=value)
-        if isinstance(layer, BATCH_NORMS):
-            self._see(self.passes, node, _along(sources[0], 1))
-            self.roles[node] = "norm"
-            return sources[0]
+    members: dict[int, dict[str, list[Access]]] = defaultdict(lambda: defaultdict(list))
+    order: list[int] = []
+    for access in facts.accesses.values():
+        for index in component[access.names[access.names != FIXED]].unique().tolist():
+            members[index][access.kind.partition(" ")[0]].append(access)
+            order += [index] if index not in order else []
 
-        operation = _operation(node, layer)
-        if operation in MOVES:
-            self.roles[node] = "move"
-            moved, options = origins
-            if node.op == "call_module":
-                return layer(*moved, **options)
-            if node.op == "call_method":
-                method = "reshape" if operation == "view" else node.target  # names need not lie like values in memory
-                return getattr(moved[0], method)(*moved[1:], **options)
-            return node.target(*moved, **options)
-        if operation in HOMOGENEOUS or operation in ELEMENTWISE:
-            scales = operation in HOMOGENEOUS
-            self.roles[node] = "scale" if scales else f"{operation} is not positively homogeneous"
-            return sources[0]
-        if operation in POOLS and isinstance(value, Tensor):
-            space = range(value.ndim - int(operation[-2]), value.ndim)
-            if all(_constant(sources[0], dim) for dim in space):
-                self.roles[node] = "scale"
-                return _shrink(sources[0], space).expand_as(value)
-        if operation == "mean" and isinstance(value, Tensor):
-            dims = kwargs.get("dim", args[1] if len(args) > 1 else None)
-            dims = [dims] if isinstance(dims, int) else dims or range(sources[0].ndim)
-            if all(_constant(sources[0], dim) for dim in dims):
-                self.roles[node] = "scale"
-                keepdim = kwargs.get("keepdim", args[2] if len(args) > 2 else False)
-                shrunk = _shrink(sources[0], dims)
-                return (shrunk if keepdim else shrunk.reshape(value.shape)).expand_as(value)
-        if operation in SUMS | PRODUCTS and isinstance(value, Tensor):
-            return self._combine(node, operation, sources, value)
+    carriers = _carriers(followers, component)
+    found = Trace([])
+    for index in order:
+        rows = [access for access in members[index]["rows"] if access.slots[0][0] not in facts.parameters]
+        inside = torch.zeros(fixed + 1, dtype=torch.bool)
+        inside[:fixed] = component[:fixed] == index
+        classes, numbers = neuron[inside].unique(return_inverse=True)
+        number = torch.full((fixed + 1,), -1)
+        number[inside] = numbers
 
-        for source in sources:
-            self._freeze(source, f"read by {operation}, which is not followed")
-        return pytree.tree_map(_fixed, value)
+        def owner(access: Access, number: Tensor = number, fixed: int = fixed) -> Tensor:
+            return number[torch.where(access.names == FIXED, fixed, access.names)]
 
-    def _layer(self, node: fx.Node, layer: nn.Module, source: Tensor, dim: int, value: Tensor) -> Tensor:
-        """A Linear or Conv: its input columns are read by it, its output rows are new neurons along `dim`."""
-        self.roles[node] = "produce"
-        if _constant_elsewhere(source, dim):
-            self._see(self.reads, node, _along(source, dim))
-        else:
-            self._freeze(source, f"{node.target} reads several of its neurons through one weight")
-        width = value.shape[dim]
-        if node.target not in self.blocks:
-            self.blocks[node.target] = range(self.total, self.total + width)
-            self.total += width
-        block = self.blocks[node.target]
-        shape = [1] * value.ndim
-        shape[dim] = width
-        return torch.arange(block.start, block.stop).view(shape).expand_as(value)
+        reason = reasons.get(index, "")
+        every = [access for kind in ("rows", "channels", "columns") for access in members[index][kind]]
+        if not members[index]["columns"]:
+            reason = reason or "no layer reads its neurons"
+        elif len(classes) < 2:
+            reason = reason or "its neurons stay or go as one"
+        elif not all(_even(owner(access), len(classes)) for access in every):
+            reason = reason or "some of its neurons are read more often than others"
+        cells, unfit = _cells(facts, number, len(classes))
+        reason = reason or unfit
+        if not reason and int(cells.max()) + 1 == len(classes):
+            reason = "its groups have one neuron each"
+        if reason or not rows:
+            found.skipped |= {access.layer: reason for access in rows}
+            continue
 
-    def _see(self, seen: dict[str, tuple[fx.Node, Tensor]], node: fx.Node, names: Tensor) -> None:
-        """Note what a layer reads; a layer called again ties what it reads now to what it read before."""
-        _, before = seen.setdefault(node.target, (node, names))
-        if not torch.equal(before, names):
-            self.ties.append((before, names))
+        def member(access: Access, owner=owner) -> dict:
+            return {"name": access.layer, "slots": access.slots, "counts": access.counts, "owner": owner(access)}
 
-    def _combine(self, node: fx.Node, operation: str, sources: list[Tensor], value: Tensor) -> Tensor:
-        """A sum or product of two values: neurons that meet in one entry are tied."""
-        wide = [source for source in sources if source.numel() > 1]
-        if len(wide) < 2:
-            self.roles[node] = "a constant is added" if operation in SUMS else "scale"
-            return torch.maximum(*sources) if len(sources) == 2 else sources[0]
-        first, second = (source.expand_as(value) for source in wide)
-        if torch.equal(first, second):
-            self.roles[node] = "scale" if operation in SUMS else "multiplied by itself"
-        else:
-            self.roles[node] = "added to other neurons" if operation in SUMS else "multiplied by other neurons"
-            self.ties.append((first, second))
-        return torch.maximum(first, second)
-
-    def _freeze(self, source: Tensor, reason: str) -> None:
-        self.frozen.append((_names(source), reason))
-
-    # -- collecting the sites
-
-    def collect(self) -> Trace:
-        """Turn what was seen into sites: a producer whose neurons are tied to no others and frozen by nothing."""
-        reasons = self._reasons()
-        members = defaultdict(list)
-        for kind, seen in (("passed", self.passes), ("consumers", self.reads)):
-            for node, names in seen.values():
-                for producer in self._producers(names):
-                    members[producer, kind].append((node, names))
-
-        sites, skipped = [], {}
-        for name, block in self.blocks.items():
-            passed, consumers = members[name, "passed"], members[name, "consumers"]
-
-            def owner(names: Tensor, block: range = block) -> Tensor:
-                inside = (names >= block.start) & (names < block.stop)
-                return torch.where(inside, names - block.start, -1)
-
-            reason = reasons.get(name, "")
-            if not consumers:
-                reason = reason or "no layer reads its neurons"
-            elif not all(_even(owner(names), len(block)) for _, names in passed + consumers):
-                reason = reason or "some of its neurons are read more often than others"
-            if reason:
-                skipped[name] = reason
-                continue
-
-            sites.append(
-                Site(
-                    name=name,
-                    width=len(block),
-                    producer=Member(name, torch.arange(len(block))),
-                    passed=[Member(node.target, owner(names)) for node, names in passed],
-                    consumers=[
-                        Consumer(node.target, owner(names), *self._path(node, name)) for node, names in consumers
-                    ],
-                )
+        paths = [_path(followers, carriers, access, index) for access in members[index]["columns"]]
+        parameters = [access for access in members[index]["rows"] if access.slots[0][0] in facts.parameters]
+        found.sites.append(
+            Site(
+                name=rows[0].layer,
+                width=len(classes),
+                producers=[Member(**member(access)) for access in rows],
+                passed=[Member(**member(access)) for access in members[index]["channels"] + parameters],
+                consumers=[
+                    Consumer(**member(access), groups=access.groups, norm=norm, obstacle=obstacle)
+                    for access, (norm, obstacle) in zip(members[index]["columns"], paths, strict=True)
+                ],
+                cells=cells,
+                coupled=index in coupled,
             )
-        for node in self.module.graph.nodes:
-            if node.op == "call_module" and node.target not in self.blocks:
-                layer = self.fetch_attr(node.target)
-                if isinstance(layer, CONVOLUTIONS):
-                    skipped[node.target] = "a grouped convolution, which is not followed"
-        return Trace(sites, skipped)
-
-    def _reasons(self) -> dict[str, str]:
-        """Why producers can't be compressed: what froze them, or what they are added to."""
-        reasons: dict[str, str] = {}
-        for names, reason in self.frozen:
-            for producer in self._producers(names):
-                reasons.setdefault(producer, reason)
-        producers = list(self.blocks)
-        edges = set()
-        for first, second in self.ties:
-            pairs = torch.stack([first.reshape(-1), second.reshape(-1)]).unique(dim=1)
-            left, right = self._indices(pairs).tolist()
-            edges |= set(zip(left, right, strict=True))
-        for left, right in edges:
-            if left < 0 or right < 0:
-                for end in (left, right):
-                    if end >= 0:
-                        reasons.setdefault(producers[end], "added to something that can't shrink")
-        edges = {(left, right) for left, right in edges if left >= 0 and right >= 0}
-        if edges:
-            left, right = np.array(sorted(edges)).T
-            count = len(producers)
-            graph = coo_matrix((np.ones(len(left)), (left, right)), shape=(count, count))
-            _, labels = connected_components(graph, directed=False)
-            for end in {end for edge in edges for end in edge}:
-                others = [producers[o] for o in np.flatnonzero(labels == labels[end]) if o != end]
-                listed = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
-                reasons.setdefault(producers[end], f"added to the neurons of {listed}" if others else "added to itself")
-        return reasons
-
-    def _indices(self, names: Tensor) -> Tensor:
-        """The index of the producer of each neuron, -1 for `FIXED`."""
-        ends = torch.tensor([block.stop for block in self.blocks.values()])
-        return torch.where(names < 0, -1, torch.bucketize(names.contiguous(), ends, right=True))
-
-    def _producers(self, names: Tensor) -> set[str]:
-        """The producers whose neurons are among `names`."""
-        producers = list(self.blocks)
-        return {producers[index] for index in self._indices(_names(names)).unique().tolist() if index >= 0}
-
-    def _carried(self, node: fx.Node) -> set[str]:
-        """The producers whose neurons a node's value carries."""
-        if node not in self.carried:
-            leaves = [leaf for leaf in pytree.tree_leaves(self.origins[node]) if isinstance(leaf, Tensor)]
-            self.carried[node] = set().union(*(self._producers(leaf) for leaf in leaves))
-        return self.carried[node]
-
-    def _path(self, consumer: fx.Node, producer: str) -> tuple[str | None, str]:
-        """What lies between a producer and a consumer: the norm directly behind the producer, and an obstacle."""
-        steps, pending = set(), list(consumer.all_input_nodes)
-        while pending:
-            node = pending.pop()
-            if node not in steps and producer in self._carried(node) and self.roles.get(node) != "produce":
-                steps.add(node)
-                pending += node.all_input_nodes
-        ordered = [node for node in self.module.graph.nodes if node in steps]
-        norm = None
-        for index, node in enumerate(ordered):
-            role = self.roles[node]
-            if role == "norm":
-                if norm is not None or any(self.roles[before] != "move" for before in ordered[:index]):
-                    return None, f"{node.target} normalises behind another layer"
-                norm = node.target
-            elif role not in ("move", "scale"):
-                return norm, role
-        return norm, ""
+        )
+    return found
 
 
-# -- small facts about a tensor of neurons' names
-
-
-def _operation(node: fx.Node, layer: nn.Module | None) -> str:
-    if layer is not None:
-        name = type(layer).__name__
-    else:
-        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-    return name.replace("_", "").lower()
-
-
-def _fixed(value: Any) -> Any:
-    return torch.full((), FIXED).expand(value.shape) if isinstance(value, Tensor) else value
-
-
-def _shrink(names: Tensor, dims: Iterable[int]) -> Tensor:
-    """The first entry along each of `dims`, which stay with size 1."""
-    for dim in dims:
-        names = names.narrow(dim, 0, 1)
-    return names
-
-
-def _compact(names: Tensor) -> Tensor:
-    """Without the repetitions that `expand` made."""
-    return _shrink(names, [dim for dim in range(names.ndim) if names.stride(dim) == 0 and names.shape[dim] > 1])
-
-
-def _names(names: Tensor) -> Tensor:
-    return _compact(names).unique()
-
-
-def _constant(names: Tensor, dim: int) -> bool:
-    """Whether nothing changes along `dim`."""
-    names = _compact(names)
-    return bool((names == names.narrow(dim, 0, 1)).all())
-
-
-def _constant_elsewhere(names: Tensor, dim: int) -> bool:
-    """Whether the neuron is told by the position along `dim` alone."""
-    return all(_constant(names, other) for other in range(names.ndim) if other != dim)
-
-
-def _along(names: Tensor, dim: int) -> Tensor:
-    """The neuron of each position along `dim`: `(n,)`."""
-    return _shrink(names, [other for other in range(names.ndim) if other != dim]).reshape(-1)
+def _cells(facts: Facts, number: Tensor, width: int) -> tuple[Tensor, str]:
+    """The finest partition `(width,)` that all quotas on a site's neurons ask for, and why there is none, if so."""
+    cells = torch.zeros(width, dtype=torch.long)
+    for quota in facts.quotas:
+        own = torch.where(quota.names == FIXED, -1, number[quota.names.clamp(min=0)])
+        inside = own >= 0
+        if not inside.any():
+            continue
+        group = torch.full((width,), -1)
+        group[own[inside]] = quota.groups[inside]
+        counts = torch.bincount(quota.groups[inside], minlength=int(quota.groups.max()) + 1)
+        if (group[own[inside]] != quota.groups[inside]).any() or len(counts.unique()) > 1:
+            return cells, "its neurons are spread unevenly over groups"
+        _, cells = torch.stack([cells, group]).unique(dim=1, return_inverse=True)
+    if len(torch.bincount(cells).unique()) > 1:
+        return cells, "its neurons are spread unevenly over groups"
+    return cells, ""
 
 
 def _even(owner: Tensor, neurons: int) -> bool:
-    """Whether every neuron owns equally many positions."""
+    """Whether the neurons that own any position own equally many, and all do."""
     counts = torch.bincount(owner[owner >= 0], minlength=neurons)
     return bool((counts == counts[0]).all())
+
+
+def _carriers(followers: list[Follower], component: Tensor) -> dict[fx.Node, set[int]]:
+    """The components whose neurons each node's value carries."""
+    return {
+        node: set(component[(names := _names_of(origin))[names != FIXED]].unique().tolist())
+        for follower in followers
+        for node, origin in follower.origins.items()
+    }
+
+
+def _path(
+    followers: list[Follower], carriers: dict[fx.Node, set[int]], consumer: Access, index: int
+) -> tuple[str | None, str]:
+    """What lies between a component's neurons and a consumer: the norm directly behind the producer, an obstacle."""
+    follower = next(f for f in followers if consumer.node in f.origins)
+    steps, pending = set(), list(consumer.node.all_input_nodes)
+    while pending:
+        node = pending.pop()
+        if node not in steps and index in carriers[node] and follower.roles.get(node) != "produce":
+            steps.add(node)
+            pending += node.all_input_nodes
+    ordered = [node for node in follower.module.graph.nodes if node in steps]
+    norm = None
+    for position, node in enumerate(ordered):
+        role = follower.roles[node]
+        if role == "norm":
+            if norm is not None or any(follower.roles[before] != "move" for before in ordered[:position]):
+                return None, f"{node.target} normalises behind another layer"
+            norm = node.target
+        elif role not in ("move", "scale"):
+            return norm, role
+    return norm, ""
+
+
+def _try_out(hollow: nn.Module, example: Tensor, facts: Facts, found: Trace) -> None:
+    """Narrow a copy at all sites and follow it again; sites where it goes wrong move to `skipped`."""
+    generator = torch.Generator().manual_seed(0)
+    while found.sites:
+        keeps = {site.name: _some(site, generator) for site in found.sites}
+        narrow = copy.deepcopy(hollow)
+        apply_plan(narrow, plan_sites(found.sites, keeps))
+        stays = torch.ones(facts.total, dtype=torch.bool)
+        home = torch.full((facts.total,), -1)
+        for number, site in enumerate(found.sites):
+            for member in [*site.producers, *site.passed]:
+                block = facts.blocks.get(member.slots[0][0]) if member.slots else None
+                if block is not None:
+                    home[block] = number
+                    stays[block] = torch.isin(member.owner, keeps[site.name])
+        given = {key: names[stays[names]] for key, names in facts.blocks.items()}
+        seen, bad = Facts(), {}
+        follower = None
+        try:
+            follower = Follower(narrow, seen, given)
+            with torch.no_grad():
+                follower.run(example)
+        except Exception as error:  # whatever the user's forward does where its numbers no longer fit
+            done = set(follower.origins) if follower else set()
+            nodes = follower.module.graph.nodes if follower else []
+            failed = next((node for node in nodes if node not in done), None)
+            names = torch.arange(facts.total) if failed is None else _names_behind(follower, failed)
+            touched = home[names[names != FIXED]].unique()
+            line = _first_line(error)
+            bad = {int(number): f"a narrower network fails at {failed}: {line}" for number in touched if number >= 0}
+            if not bad:
+                bad = dict.fromkeys(range(len(found.sites)), f"a narrower network fails: {line}")
+        else:
+            same = _components(facts.total + 1, [torch.where(p == FIXED, facts.total, p) for p in _pairs(facts)])
+            for key, access in facts.accesses.items():
+                if key not in seen.accesses or access.kind == "rows":
+                    continue
+                before, after = access.names, seen.accesses[key].names
+                kept = (before == FIXED) | stays[before.clamp(min=0)]
+                expected = same[torch.where(before == FIXED, facts.total, before)][kept]
+                actual = same[torch.where(after == FIXED, facts.total, after)]
+                if not torch.equal(expected, actual):
+                    touched = home[before[before != FIXED]].unique()
+                    bad |= {int(n): f"{access.layer} would read other neurons" for n in touched if n >= 0}
+        if not bad:
+            return
+        for number in sorted(bad, reverse=True):
+            site = found.sites.pop(number)
+            found.skipped |= {member.name: bad[number] for member in site.producers}
+
+
+def _pairs(facts: Facts) -> list[Tensor]:
+    return [torch.stack([tie.first, tie.second]) for tie in facts.ties]
+
+
+def _names_of(origin: object) -> Tensor:
+    """The neurons in whatever a node's value is made of, each once."""
+    found = [compact(leaf).flatten() for leaf in pytree.tree_leaves(origin) if isinstance(leaf, Tensor)]
+    return torch.cat(found).unique() if found else torch.empty(0, dtype=torch.long)
+
+
+def _names_behind(follower: Follower, node: fx.Node) -> Tensor:
+    """The neurons that a node's arguments carry, or whose number they are: a size comes from the tensor it measures."""
+    found, pending, seen = [torch.empty(0, dtype=torch.long)], list(node.all_input_nodes), set()
+    while pending:
+        source = pending.pop()
+        if source not in seen:
+            seen.add(source)
+            found.append(_names_of(follower.origins.get(source)))
+            pending += [] if len(found[-1]) else source.all_input_nodes
+    return torch.cat(found).unique()
+
+
+def _some(site: Site, generator: torch.Generator) -> Tensor:
+    """A random share of each cell, at least one; never the same for all sites, so that no two fit by chance."""
+    size = site.width // site.step
+    noise, share = torch.rand(site.width, generator=generator), torch.rand(1, generator=generator).item()
+    order = torch.argsort(site.cells * 2.0 + noise).view(site.step, size)
+    return order[:, : min(size - 1, max(1, round(size * (0.25 + 0.6 * share))))].flatten().sort().values

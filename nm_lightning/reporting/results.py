@@ -64,7 +64,7 @@ def print_table(console: Console, baseline: Baseline, results: list[Result]) -> 
         table.add_row(
             result.method,
             result.criterion,
-            "widths" if result.ratio is None else f"{result.ratio:g}",
+            "" if result.ratio is None else f"{result.ratio:g}",
             before,
             f"{100 * result.accuracy:.2f}",
             f"{_short(result.parameters)} {result.parameters / baseline.parameters:4.0%}",
@@ -86,7 +86,7 @@ def write_files(folder: Path, about: dict, baseline: Baseline, results: list[Res
     """Write report.json, results.csv and accuracy.png into `folder`."""
     report = {**about, "baseline": asdict(baseline), "results": [asdict(result) for result in results]}
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    columns = ("method", "criterion", "ratio", "accuracy", "parameters", "macs", "seconds", "checkpoint")
+    columns = ("method", "criterion", "ratio", "removed", "accuracy", "parameters", "macs", "seconds", "checkpoint")
     with (folder / "results.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(columns)
@@ -106,13 +106,14 @@ def plot(path: Path, title: str, baseline: Baseline, results: list[Result]) -> N
         share = result.removed if result.ratio is None else result.ratio
         lines[result.method, result.criterion].append((share, 100 * result.accuracy))
     styles = dict(zip(dict.fromkeys(result.criterion for result in results), ("-", "--", ":", "-."), strict=False))
-    colours = dict(zip(dict.fromkeys(result.method for result in results), ("C3", "C0", "C2", "C1"), strict=False))
+    colours = {"prune": "C3", "merge": "C0"}
     figure, axes = plt.subplots(figsize=(7, 4.5), dpi=150, layout="constrained")
     axes.axhline(100 * baseline.accuracy, color="0.5", linewidth=1, label=f"original ({100 * baseline.accuracy:.2f})")
     for (method, criterion), points in lines.items():
         axes.plot(*zip(*sorted(points), strict=True), styles.get(criterion, "-"), color=colours.get(method, "C4"),
                   marker="o", markersize=4, label=f"{method}, {criterion}")  # fmt: skip
     axes.set(xlabel="share of neurons removed", ylabel="test accuracy (%)", title=title)
+    axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(path)
