@@ -22,6 +22,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ratio", nargs="+", type=float, help="share of neurons to remove, one or several (0.5)")
     parser.add_argument("--widths", nargs="+", help="survivors: an integer for each site in order, or site=width")
     parser.add_argument("--sites", nargs="+", help="glob patterns of layer names (all hidden layers)")
+    parser.add_argument("--scope", default="hidden", help="hidden, or all: the neurons of residual streams too")
     parser.add_argument("--threshold", type=float, help="least cosine similarity of a merged pair; 0: no test (0.1)")
     parser.add_argument(
         "--lamda", "--lambda", type=float, help="weight of cosine against bias distance, with BatchNorm (0.85)"
@@ -33,6 +34,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", help="digits, fashion_mnist, cifar10, cifar100, imagenet or folder, likewise")
     parser.add_argument("--data_dir", help="where the images are (data)")
     parser.add_argument("--weights", help="torchvision's pretrained weights instead of a checkpoint, such as DEFAULT")
+    parser.add_argument("--export", nargs="+", default=[], help="pt2, onnx: each result as a file that runs elsewhere")
     parser.add_argument("--output", type=Path, help="folder for report, plot and checkpoints (a new one under runs/)")
     parser.add_argument("--seed", type=int, default=0, help="of whatever is random")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
@@ -69,6 +71,8 @@ def main(arguments: list[str] | None = None) -> None:
             ratios=args.ratio,
             widths=parse_widths(args.widths),
             sites=args.sites,
+            scope=args.scope,
+            exports=args.export,
             threshold=args.threshold,
             lamda=args.lamda,
             formulation=args.formulation,

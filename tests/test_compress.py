@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import onnxruntime
 import pytest
 import torch
 from conftest import ROOT
@@ -103,6 +104,23 @@ def test_widths_by_order_and_by_name(workplace, tmp_path):
     assert report(tmp_path / "sites")["results"][0]["widths"] == {"ip1": 150}
 
 
+def test_exports_predict_the_same(workplace, tmp_path):
+    compress.main(["--ratio", "0.5", "--export", "pt2", "onnx", "--output", str(tmp_path / "out")])
+    row = report(tmp_path / "out")["results"][0]
+    stem = row["checkpoint"].removesuffix(".ckpt")
+    data = build_data("digits")
+    data.setup("test")
+    program = torch.export.load(tmp_path / "out" / f"{stem}.pt2").module()
+    session = onnxruntime.InferenceSession(tmp_path / "out" / f"{stem}.onnx")
+    label = session.get_inputs()[0].name
+    for network in (program, lambda images: torch.from_numpy(session.run(None, {label: images.numpy()})[0])):
+        right = total = 0
+        for batch in data.test_dataloader():
+            images, labels = data.on_after_batch_transfer(batch, 0)
+            right, total = right + int((network(images).argmax(1) == labels).sum()), total + len(labels)
+        assert right / total == row["accuracy"]
+
+
 def test_an_output_folder_holds_what_its_report_tells(workplace, tmp_path):
     compress.main(["--ratio", "0.5", "0.6", "--output", str(tmp_path / "out")])
     compress.main(["--ratio", "0.7", "--output", str(tmp_path / "out")])
@@ -175,6 +193,8 @@ def test_imagenet_for_real(real_data, tmp_path):
     [
         (["--method", "melt"], "unknown method 'melt'"),
         (["--criterion", "l3-norm"], "unknown criterion 'l3-norm'"),
+        (["--scope", "some"], "unknown scope 'some'"),
+        (["--export", "pdf"], "unknown export 'pdf'"),
         (["--formulation", "mine"], "unknown formulation 'mine'"),
         (["--implementation", "mine"], "unknown implementation 'mine'"),
         (["--ratio", "1"], "ratio 1.0"),

@@ -18,6 +18,7 @@ from nm_lightning.cli.presets import preset
 from nm_lightning.cli.sources import Source
 from nm_lightning.compression import CompressionResult, compress, cost, trace
 from nm_lightning.compression.checkpoint import write
+from nm_lightning.compression.export import FORMATS, check_format, export
 from nm_lightning.compression.fold import compose, prefixed
 from nm_lightning.compression.pipeline import Options
 from nm_lightning.compression.select import budget, check_ratio, choose
@@ -35,6 +36,8 @@ class Grid:
     ratios: Sequence[float] | None = None
     widths: Sequence[int] | Mapping[str, int] | None = None
     sites: Sequence[str] | None = None
+    scope: str = "hidden"
+    exports: Sequence[str] = ()
     threshold: float | None = None
     lamda: float | None = None
     formulation: str = "published"
@@ -68,7 +71,9 @@ def run_grid(source: Source, grid: Grid, output: Path, device: str = "cpu") -> l
 
     network = module.model.to(device).eval()
     example = module.example_input.to(device)
-    sites = choose(trace(network, example).sites, patterns)
+    sites = choose(trace(network, example, grid.scope).sites, patterns)
+    for name_of_format in grid.exports:
+        check_format(name_of_format)
     for method, criterion in itertools.product(grid.methods, grid.criteria):
         Options(method, criterion, threshold, lamda, grid.formulation, grid.implementation)
     for ratio in ratios:
@@ -95,6 +100,7 @@ def run_grid(source: Source, grid: Grid, output: Path, device: str = "cpu") -> l
                 ratio or 0.0,
                 widths=widths,
                 sites=patterns,
+                scope=grid.scope,
                 threshold=threshold,
                 lamda=lamda,
                 formulation=grid.formulation,
@@ -123,6 +129,8 @@ def run_grid(source: Source, grid: Grid, output: Path, device: str = "cpu") -> l
                 )
             )
             _save_checkpoint(folder / file, source, compressed)
+            for ending in grid.exports:
+                export(compressed.model, example, (folder / file).with_name(file.removesuffix("ckpt") + ending))
         skipped = compressed.report.skipped
         about = {"title": f"{name} on {data_name}", "model": name, "data": data_name, "origin": source.origin}
         about |= {"threshold": threshold, "lamda": lamda, "formulation": grid.formulation}
@@ -177,6 +185,7 @@ def _written_before(output: Path) -> list[Path]:
     """The checkpoints that the folder's last report tells of."""
     try:
         rows = json.loads((output / "report.json").read_text())["results"]
-        return [output / Path(row["checkpoint"]).name for row in rows]
+        stems = [Path(row["checkpoint"]).name.removesuffix("ckpt") for row in rows]
+        return [output / f"{stem}{ending}" for stem in stems for ending in ("ckpt", *FORMATS)]
     except (OSError, ValueError, KeyError, TypeError):
         return []

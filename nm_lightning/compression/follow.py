@@ -104,6 +104,7 @@ class Facts:
     blocks: dict[str, Tensor] = field(default_factory=dict)  # layer -> the names of the neurons it makes
     parameters: set[str] = field(default_factory=set)  # blocks that are a bare parameter
     accesses: dict[tuple[str, str], Access] = field(default_factory=dict)  # by layer and kind
+    axes: dict[tuple, Tensor] = field(default_factory=dict)  # tensor and dimension -> the neurons along it
     ties: list[Tie] = field(default_factory=list)
     quotas: list[Quota] = field(default_factory=list)
     frozen: list[tuple[Tensor, str]] = field(default_factory=list)
@@ -155,6 +156,12 @@ class Follower(fx.Interpreter):
         origins = fx.map_arg((node.args, node.kwargs), lambda argument: self.origins[argument])
         self.origins[node] = self._follow(node, args, kwargs, origins, value)
         return value
+
+    def call_module(self, target: str, args: tuple, kwargs: dict) -> Any:
+        """A normalisation leaves shapes as they are: without data there is nothing to compute."""
+        if isinstance(self.fetch_attr(target), (*CHANNEL_NORMS, *MIXING_NORMS)) and args and args[0].is_meta:
+            return args[0]
+        return super().call_module(target, args, kwargs)
 
     def _follow(self, node: fx.Node, args: tuple, kwargs: dict, origins: tuple, value: Any) -> Any:
         sources = [origin for origin in pytree.tree_leaves(origins) if isinstance(origin, Tensor)]
@@ -255,7 +262,8 @@ class Follower(fx.Interpreter):
         if isinstance(layer, (*CONVOLUTIONS, *TRANSPOSED)):
             transposed = isinstance(layer, TRANSPOSED)
             dim = value.ndim - layer.weight.ndim + 1
-            if layer.groups == layer.in_channels and layer.groups > 1:
+            narrowed = slots(0, "weight")[0][0] in self.given  # down to one channel a group
+            if layer.groups == layer.in_channels and layer.groups > 1 and not narrowed:
                 repeats = layer.out_channels // layer.in_channels
                 if transposed and repeats > 1:
                     return self._stop(node, source, value, "a grouped transposed convolution reads it")
@@ -461,12 +469,14 @@ class Follower(fx.Interpreter):
 
     def _see(self, access: Access) -> None:
         """Note what a layer reads; a layer called again ties what it reads now to what it read before."""
-        before = self.facts.accesses.setdefault((access.layer, access.kind), access)
-        if not torch.equal(before.names, access.names):
-            if len(before.names) != len(access.names):
-                raise ValueError(f"{access.layer} reads {len(access.names)} neurons, not {len(before.names)}")
-            reason = f"{access.layer} is called several times"
-            self.facts.ties.append(Tie(before.names, access.names, reason, additive=True))
+        self.facts.accesses.setdefault((access.layer, access.kind), access)
+        for axis in access.slots or [(access.layer, access.kind)]:
+            before = self.facts.axes.setdefault(axis, access.names)
+            if not torch.equal(before, access.names):
+                if len(before) != len(access.names):
+                    raise ValueError(f"{access.layer} reads {len(access.names)} neurons, not {len(before)}")
+                reason = f"{access.layer} or its weight is used several times"
+                self._tie(before, access.names, reason, additive=True)
 
     def _settle(self, source: Tensor, dim: int) -> Tensor:
         """The neuron of each position along `dim`; several that share a position are tied."""
@@ -549,15 +559,8 @@ class Follower(fx.Interpreter):
             listed = ", ".join("?" if isinstance(size, fx.Node) else str(size) for size in sizes)
             self._freeze(result, f"reshaped to ({listed}), which carries a channel count as a number{where(node)}")
             return
-        for dim in held:
-            if dim > free[-1]:  # whole blocks along this dimension stay or go
-                self._tie(result, result.narrow(dim, 0, 1).expand_as(result), f"reshaped in blocks{where(node)}")
-            else:  # equally many stay at each index
-                index = torch.arange(result.shape[dim]).view([-1 if d == dim else 1 for d in range(result.ndim)])
-                compacted = compact(result)
-                groups = index.expand(compacted.shape) if compacted.shape[dim] > 1 else None
-                if groups is not None:
-                    self.facts.quotas.append(Quota(compacted.reshape(-1), groups.reshape(-1)))
+        for dim in held:  # before the free ones: the same stay at each index; behind them: whole blocks stay or go
+            self._tie(result, result.narrow(dim, 0, 1).expand_as(result), f"reshaped in blocks{where(node)}")
 
     def _attributes(self, node: fx.Node, result: Tensor, dim: int) -> bool:
         """Whether the module whose code this is holds the size as an attribute, which can shrink with it."""

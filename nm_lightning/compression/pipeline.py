@@ -2,8 +2,9 @@
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
 
 from nm_lightning.compression import decompose, reference, select
@@ -145,11 +146,15 @@ def _scores(site: Site, tensors: Mapping[str, Tensor], criterion: str) -> Tensor
     """How much each neuron should stay, `(n,)`; where several layers are added, each has an equal say."""
     score = select.CRITERIA[criterion]
     with_bias = not any(consumer.norm for consumer in site.consumers)  # a norm would subtract it again
-    vectors = [decompose.neuron_vectors(producer, tensors, with_bias) for producer in site.producers]
-    if not site.coupled:
-        return score(vectors[0])
-    scores = [score(each) for each in vectors]
-    return sum(each / each.mean().clamp(min=1e-30) for each in scores)
+    if not site.coupled and site.producers[0].even:
+        return score(decompose.neuron_vectors(site.producers[0], tensors, with_bias))
+    total = torch.zeros(site.width)
+    for producer in site.producers:
+        rows = torch.arange(len(producer.owner))
+        each = score(decompose.neuron_vectors(replace(producer, owner=rows), tensors, with_bias)).cpu().float()
+        owned = producer.owner >= 0
+        total.index_add_(0, producer.owner[owned], each[owned] / each.mean().clamp(min=1e-30))
+    return total
 
 
 def _fold(tensors: Mapping[str, Tensor], consumer: Consumer, keep: Tensor, scaling: Tensor, multiply: Callable) -> None:
@@ -182,6 +187,8 @@ def _scalings(
         obstacle = consumer.obstacle
         if len(site.producers) > 1:
             obstacle = obstacle or f"{', '.join(member.name for member in site.producers)} make it together"
+        elif not all(member.even for member in [site.producers[0], *site.passed, *site.consumers]):
+            obstacle = obstacle or "some of its neurons are read more often than others"
         elif site.producers[0].positions().shape[1] > 1:
             obstacle = obstacle or f"a neuron is several rows of {site.name}"
         elif consumer.norm and layers[consumer.norm].running_mean is None:

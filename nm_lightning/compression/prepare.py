@@ -23,6 +23,9 @@ def plain(model: nn.Module) -> list[str]:
     notes = []
     for name, module in model.named_modules():
         if parametrize.is_parametrized(module):
+            # a copied module shares its generated class with the original, and removing changes the class
+            own = {key: value for key, value in vars(type(module)).items() if key not in ("__dict__", "__weakref__")}
+            module.__class__ = type(type(module).__name__, type(module).__bases__, own)
             for tensor in list(module.parametrizations):
                 parametrize.remove_parametrizations(module, tensor, leave_parametrized=True)
                 notes.append(f"{name}.{tensor}: its parametrisation was made plain")

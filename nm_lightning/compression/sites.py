@@ -24,8 +24,14 @@ class Member:
     owner: Tensor
     groups: int = 1
 
+    @property
+    def even(self) -> bool:
+        """Whether every neuron owns equally many positions."""
+        counts = torch.bincount(self.owner[self.owner >= 0])
+        return bool((counts == counts[0]).all())
+
     def positions(self) -> Tensor:
-        """The positions each neuron owns: `(neurons, positions of each)`, in order."""
+        """The positions each neuron owns: `(neurons, positions of each)`, in order; only if `even`."""
         neurons = int(self.owner.max()) + 1
         order = torch.argsort(self.owner, stable=True)
         return order[int((self.owner < 0).sum()) :].view(neurons, -1)

@@ -46,10 +46,12 @@ def trace(model: nn.Module, example_input: Tensor, scope: str = "hidden") -> Tra
         raise InputError(f"unknown scope {scope!r}: choose from {', '.join(SCOPES)}")
     facts = Facts()
     try:
-        hollow, example = without_data(model).eval(), example_input[:1].to("meta")
+        hollow = without_data(model).eval()
+        example = _like(example_input[:1], hollow)
         followers = [_follow(hollow, example, facts)]
     except InputError:  # a tensor that is no buffer stays where it is, and does not meet the meta device
-        hollow, example, facts = copy.deepcopy(model).eval(), example_input[:1], Facts()
+        hollow, facts = copy.deepcopy(model).eval(), Facts()
+        example = _like(example_input[:1], hollow)
         followers = [_follow(hollow, example, facts)]
     seen = {tensor for access in facts.accesses.values() for tensor, _ in access.slots}
     if any(name not in seen for name, _ in hollow.named_parameters()):
@@ -76,6 +78,14 @@ def without_data(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo).to("meta")
 
 
+def _like(example: Tensor, model: nn.Module) -> Tensor:
+    """The example on the network's device, and in its dtype if it is a floating-point one."""
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
+    if parameter is None:
+        return example
+    return example.to(parameter.device, parameter.dtype if example.is_floating_point() else None)
+
+
 def _follow(hollow: nn.Module, example: Tensor, facts: Facts, given: dict[str, Tensor] | None = None) -> Follower:
     try:
         follower = Follower(hollow, facts, given)
@@ -85,12 +95,11 @@ def _follow(hollow: nn.Module, example: Tensor, facts: Facts, given: dict[str, T
         ) from error
     with torch.no_grad():
         try:
-            hollow(example)
+            follower.run(example)
         except Exception as error:  # whatever the user's forward raises
             raise InputError(
                 f"{type(hollow).__name__} rejects an input of shape {tuple(example.shape)}: {_first_line(error)}"
             ) from error
-        follower.run(example)
     return follower
 
 
@@ -182,13 +191,10 @@ def _collect(facts: Facts, followers: list[Follower]) -> Trace:
             return number[torch.where(access.names == FIXED, fixed, access.names)]
 
         reason = reasons.get(index, "")
-        every = [access for kind in ("rows", "channels", "columns") for access in members[index][kind]]
         if not members[index]["columns"]:
             reason = reason or "no layer reads its neurons"
         elif len(classes) < 2:
             reason = reason or "its neurons stay or go as one"
-        elif not all(_even(owner(access), len(classes)) for access in every):
-            reason = reason or "some of its neurons are read more often than others"
         cells, unfit = _cells(facts, number, len(classes))
         reason = reason or unfit
         if not reason and int(cells.max()) + 1 == len(classes):
@@ -227,21 +233,18 @@ def _cells(facts: Facts, number: Tensor, width: int) -> tuple[Tensor, str]:
         inside = own >= 0
         if not inside.any():
             continue
-        group = torch.full((width,), -1)
-        group[own[inside]] = quota.groups[inside]
-        counts = torch.bincount(quota.groups[inside], minlength=int(quota.groups.max()) + 1)
-        if (group[own[inside]] != quota.groups[inside]).any() or len(counts.unique()) > 1:
+        counts = torch.zeros(width, int(quota.groups.max()) + 1, dtype=torch.long)
+        counts.index_put_((own[inside], quota.groups[inside]), torch.tensor(1), accumulate=True)
+        if (counts == counts[:1]).all() and (counts[0] == counts[0, 0]).all():
+            continue  # every neuron has an equal part in each group
+        one_each = len(counts[counts > 0].unique()) == 1 and not ((counts > 0).sum(dim=1) > 1).any()
+        if not one_each or len(counts.sum(dim=0).unique()) > 1:
             return cells, "its neurons are spread unevenly over groups"
+        group = torch.where(counts.sum(dim=1) > 0, counts.argmax(dim=1), -1)
         _, cells = torch.stack([cells, group]).unique(dim=1, return_inverse=True)
     if len(torch.bincount(cells).unique()) > 1:
         return cells, "its neurons are spread unevenly over groups"
     return cells, ""
-
-
-def _even(owner: Tensor, neurons: int) -> bool:
-    """Whether the neurons that own any position own equally many, and all do."""
-    counts = torch.bincount(owner[owner >= 0], minlength=neurons)
-    return bool((counts == counts[0]).all())
 
 
 def _carriers(followers: list[Follower], component: Tensor) -> dict[fx.Node, set[int]]:

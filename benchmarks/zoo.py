@@ -1,0 +1,230 @@
+"""Every classifier of torchvision (or timm), compressed at ratio 0.5 in both scopes, next to torch-pruning.
+
+    python benchmarks/zoo.py                              # all of torchvision; appends to docs/zoo.jsonl
+    python benchmarks/zoo.py resnet18 timm/resmlp_12_224  # some
+    python benchmarks/zoo.py --table                      # docs/zoo.md from docs/zoo.jsonl
+
+Each network has random weights and is examined in a process of its own. Checked for each scope: the narrow network
+runs, parameters and MACs fall, ratio 0 gives the same outputs, pruning equals masking (where no normalisation mixes
+channels), a saved network loads onto the wide one, and with `--export` both exports agree with it to 1e-4 of the
+outputs' scale. torch-pruning removes half of every layer but the last, by its own magnitude importance.
+"""
+
+import argparse
+import copy
+import json
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from nm_lightning import compress, export, load, save, trace
+from nm_lightning.compression import cost
+from nm_lightning.compression.follow import MIXING_NORMS
+from nm_lightning.compression.trace import without_data
+
+SCOPES = ("hidden", "all")
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+def build(name: str) -> tuple[nn.Module, Tensor]:
+    """A network with random weights and BatchNorm statistics that are not trivial, and one image for it."""
+    torch.manual_seed(0)
+    if name.startswith("timm/"):
+        import timm
+
+        model = timm.create_model(name.removeprefix("timm/"))
+        size = model.default_cfg["input_size"][-1]
+    else:
+        import torchvision
+
+        model = torchvision.models.get_model(name)
+        size = 299 if name == "inception_v3" else 224
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(std=0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    return model.eval(), torch.randn(2, 3, size, size)
+
+
+def examine(model: nn.Module, images: Tensor, scope: str, exports: bool = False) -> dict:
+    """Compress at 0.5 and check all that is promised; what was measured."""
+    before = cost(without_data(model), images.to("meta"))
+    found = trace(model, images, scope)
+    start = time.perf_counter()
+    result = compress(model, images, "prune", ratio=0.5, scope=scope)
+    seconds = time.perf_counter() - start
+    after = cost(without_data(result.model), images.to("meta"))
+    with torch.no_grad():
+        outputs = result.model(images)
+        wide = model(images)
+        assert outputs.shape == wide.shape and outputs.isfinite().all()
+        assert after.parameters < before.parameters and after.macs < before.macs
+        assert torch.equal(compress(model, images, ratio=0, scope=scope).model(images), wide), "ratio 0 changes outputs"
+        layers = dict(model.named_modules())
+        mixing = any(
+            isinstance(layers.get(member.name), MIXING_NORMS) for site in found.sites for member in site.passed
+        )
+        if not mixing:
+            silenced = masked(model, result, found.sites)(images)
+            assert close(outputs, silenced, 1e-5), "pruning differs from masking"
+            del silenced
+        with tempfile.TemporaryDirectory() as folder:
+            save(result, f"{folder}/small.pt")
+            loaded = load(f"{folder}/small.pt", into=copy.deepcopy(model))
+            assert torch.equal(loaded(images), outputs), "a loaded network differs"
+            if exports:
+                program = torch.export.load(export(result.model, images, f"{folder}/small.pt2")).module()
+                assert close(program(images), outputs, 1e-4), "pt2 differs"
+                import onnxruntime
+
+                session = onnxruntime.InferenceSession(export(result.model, images, f"{folder}/small.onnx"))
+                (label,) = (entry.name for entry in session.get_inputs())
+                onnx = torch.from_numpy(session.run(None, {label: images.numpy()})[0])
+                assert close(onnx, outputs, 1e-4), "ONNX differs"
+    return {
+        "sites": len(found.sites),
+        "left_alone": len(found.skipped),
+        "parameters": [before.parameters, after.parameters],
+        "macs": [before.macs, after.macs],
+        "seconds": round(seconds, 3),
+        "masked": not mixing,
+        "exports": exports,
+    }
+
+
+def close(first: Tensor, second: Tensor, tolerance: float) -> bool:
+    """Whether two outputs agree, relative to the largest."""
+    return bool((first - second).abs().max() <= tolerance * second.abs().max())
+
+
+def masked(model: nn.Module, result, sites) -> nn.Module:
+    """A copy of the wide network whose consumers read nothing from the neurons that `result` removed."""
+    wide = copy.deepcopy(model)
+    for site in sites:
+        for consumer in site.consumers:
+            gone = ~torch.isin(consumer.owner, result.keep[site.name]) & (consumer.owner >= 0)
+            name, dim = consumer.slots[0]
+            weight = wide.get_parameter(name).data.movedim(dim, 1)
+            per = len(gone) // consumer.groups
+            for group, part in enumerate(weight.chunk(consumer.groups)):
+                part[:, gone[group * per : (group + 1) * per]] = 0
+    return wide
+
+
+def torch_pruning(model: nn.Module, images: Tensor) -> dict:
+    """The same cut by torch-pruning."""
+    import torch_pruning as tp
+
+    before = cost(without_data(model), images.to("meta"))
+    classes = model(images[:1]).shape[1]
+    heads = [m for m in model.modules() if classes in (getattr(m, "out_features", 0), getattr(m, "out_channels", 0))]
+    start = time.perf_counter()
+    pruner = tp.pruner.MagnitudePruner(
+        model, images[:1], importance=tp.importance.MagnitudeImportance(p=2), pruning_ratio=0.5, ignored_layers=heads
+    )
+    pruner.step()
+    seconds = time.perf_counter() - start
+    with torch.no_grad():
+        assert model(images).shape[1] == classes
+    after = cost(without_data(model), images.to("meta"))
+    assert after.parameters < before.parameters
+    return {
+        "parameters": [before.parameters, after.parameters],
+        "macs": [before.macs, after.macs],
+        "seconds": round(seconds, 3),
+    }
+
+
+def row(name: str, exports: bool) -> dict:
+    """Everything about one network; a failure is a sentence."""
+    warnings.filterwarnings("ignore")
+    result: dict = {"name": name}
+    steps = {scope: lambda scope=scope: examine(*build(name), scope, exports) for scope in SCOPES}
+    steps["torch_pruning"] = lambda: torch_pruning(*build(name))
+    for label, step in steps.items():
+        try:
+            result[label] = step()
+        except Exception as error:  # the table tells what failed
+            lines = str(error).splitlines() or [""]
+            result[label] = {"failed": f"{type(error).__name__}: {lines[0][:200]}"}
+    return result
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown."""
+
+    def cells(part: dict) -> list[str]:
+        if "failed" in part:
+            return ["failed", "", ""]
+        left = [after / before for before, after in (part["parameters"], part["macs"])]
+        return [f"{left[0]:.0%}", f"{left[1]:.0%}", f"{part['seconds']:.1f}"]
+
+    lines = [
+        "| network | parameters | hidden: sites | parameters left | MACs left | s "
+        "| all: sites | parameters left | MACs left | s | torch-pruning: parameters left | MACs left | s |",
+        "| --- |" + " ---: |" * 12,
+    ]
+    for entry in rows:
+        parts = [entry[scope] for scope in SCOPES]
+        total = next((part["parameters"][0] for part in parts if "failed" not in part), 0)
+        line = [entry["name"], f"{total / 1e6:.1f} M"]
+        for part in parts:
+            line += [str(part.get("sites", "")), *cells(part)]
+        lines.append("| " + " | ".join(line + cells(entry["torch_pruning"])) + " |")
+    ours, theirs = ([entry for entry in rows if "failed" not in entry[label]] for label in ("all", "torch_pruning"))
+    both = [entry for entry in ours if entry in theirs]
+    removed = sum(entry["all"]["macs"][1] <= entry["torch_pruning"]["macs"][1] for entry in both)
+    ratios = sorted(entry["torch_pruning"]["seconds"] / entry["all"]["seconds"] for entry in both)
+    summary = f"{len(ours)} of {len(rows)} networks in scope `all`, {len(theirs)} by torch-pruning."
+    if both:
+        summary += (
+            f" Of the {len(both)} that both handle, ours removes at least as many MACs on {removed}; in the median "
+            f"torch-pruning takes {ratios[len(ratios) // 2]:.1f} times as long."
+        )
+    return "\n".join([summary, "", *lines]) + "\n"
+
+
+def main() -> None:
+    """Examine the networks that are named, or print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="torchvision's names, or timm/<name>; all of torchvision's by default")
+    parser.add_argument("--export", action="store_true", help="check both exports too (slow)")
+    parser.add_argument("--output", type=Path, default=DOCS / "zoo.jsonl", help="a line of JSON for each network")
+    parser.add_argument("--table", action="store_true", help="write zoo.md beside the output")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(row(args.one, args.export)))
+        return
+    rows = {}
+    if args.output.is_file():
+        rows = {entry["name"]: entry for entry in map(json.loads, args.output.read_text().splitlines())}
+    if not args.table:
+        import torchvision
+
+        for name in args.names or torchvision.models.list_models(module=torchvision.models):
+            if name in rows and not args.names:
+                continue  # a run that was stopped goes on
+            command = [sys.executable, __file__, "--one", name, *(["--export"] if args.export else [])]
+            done = subprocess.run(command, capture_output=True, text=True)
+            last = (done.stdout.splitlines() or [""])[-1]
+            died = {"failed": f"exit code {done.returncode}"}
+            entry = (
+                json.loads(last)
+                if last.startswith("{")
+                else {"name": name} | dict.fromkeys((*SCOPES, "torch_pruning"), died)
+            )
+            rows[name] = entry
+            args.output.write_text("".join(json.dumps(rows[key]) + "\n" for key in sorted(rows)))
+            print(json.dumps(entry), flush=True)
+    args.output.with_suffix(".md").write_text(table([rows[key] for key in sorted(rows)]))
+
+
+if __name__ == "__main__":
+    main()
