@@ -126,7 +126,7 @@ def compress(
     report, keeps, tensors = Report(skipped=found.skipped, remarks=notes), {}, named_tensors(narrow)
     layers = dict(narrow.named_modules())
     for site in chosen:
-        keep = select.survivors(_scores(site, originals, criterion).cpu(), counts[site.name], site.cells)
+        keep = select.keep_of(site, _scores(site, originals, criterion).cpu(), counts[site.name])
         keeps[site.name] = keep
         row = SiteReport(site.name, site.width, len(keep), method)
         report.sites.append(row)
@@ -146,7 +146,7 @@ def _scores(site: Site, tensors: Mapping[str, Tensor], criterion: str) -> Tensor
     """How much each neuron should stay, `(n,)`; where several layers are added, each has an equal say."""
     score = select.CRITERIA[criterion]
     with_bias = not any(consumer.norm for consumer in site.consumers)  # a norm would subtract it again
-    if not site.coupled and site.producers[0].even:
+    if not site.coupled and site.producers[0].even(site.width):
         return score(decompose.neuron_vectors(site.producers[0], tensors, with_bias))
     total = torch.zeros(site.width)
     for producer in site.producers:
@@ -187,7 +187,7 @@ def _scalings(
         obstacle = consumer.obstacle
         if len(site.producers) > 1:
             obstacle = obstacle or f"{', '.join(member.name for member in site.producers)} make it together"
-        elif not all(member.even for member in [site.producers[0], *site.passed, *site.consumers]):
+        elif not all(member.even(site.width) for member in [site.producers[0], *site.passed, *site.consumers]):
             obstacle = obstacle or "some of its neurons are read more often than others"
         elif site.producers[0].positions().shape[1] > 1:
             obstacle = obstacle or f"a neuron is several rows of {site.name}"

@@ -57,6 +57,25 @@ def survivors(scores: Tensor, width: int, cells: Tensor | None = None) -> Tensor
     return order.view(count, -1)[:, : width // count].flatten().sort().values
 
 
+def keep_of(site: Site, scores: Tensor, width: int) -> Tensor:
+    """The site's survivors, ascending: the best `width`, or a few more where a layer would lose all its neurons.
+
+    Args:
+        site: whose cells keep equally many neurons each.
+        scores: `(site.width,)`.
+        width: a multiple of `site.step`.
+    """
+    scores = scores.clone()
+    for member in site.producers:  # each layer keeps its best
+        owned = member.owner[member.owner >= 0].unique()
+        scores[owned[scores[owned].argmax()]] += scores.abs().max() * 2 + 1
+    while True:
+        keep = survivors(scores, width, site.cells)
+        if width == site.width or all(torch.isin(member.owner, keep).any() for member in site.producers):
+            return keep
+        width += site.step
+
+
 def floor(neurons: int, ratio: float) -> int:
     """`floor(n (1 - r))`, at least 1; a product that is whole but for rounding counts as whole.
 

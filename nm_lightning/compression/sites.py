@@ -24,10 +24,9 @@ class Member:
     owner: Tensor
     groups: int = 1
 
-    @property
-    def even(self) -> bool:
-        """Whether every neuron owns equally many positions."""
-        counts = torch.bincount(self.owner[self.owner >= 0])
+    def even(self, neurons: int) -> bool:
+        """Whether each of so many neurons owns equally many positions."""
+        counts = torch.bincount(self.owner[self.owner >= 0], minlength=neurons)
         return bool((counts == counts[0]).all())
 
     def positions(self) -> Tensor:

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from nm_lightning.compression.fold import apply_plan, plan_sites
 from nm_lightning.compression.follow import FIXED, Access, Facts, Follower, compact
+from nm_lightning.compression.select import keep_of
 from nm_lightning.compression.sites import Consumer, Member, Site, Trace
 from nm_lightning.errors import InputError
 
@@ -61,10 +62,11 @@ def trace(model: nn.Module, example_input: Tensor, scope: str = "hidden") -> Tra
     _try_out(hollow, example, facts, found)
     if scope == "hidden":
         for site in [site for site in found.sites if site.coupled]:
-            others = [member.name for member in site.producers[1:]]
-            listed = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
-            for member in site.producers:
-                found.skipped[member.name] = f"added to the neurons of {listed or site.name}: --scope all shrinks them"
+            names = [member.name for member in site.producers]
+            for name in names:
+                others = [other for other in names if other != name]
+                listed = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
+                found.skipped[name] = f"added to the neurons of {listed or name}: --scope all shrinks them"
             found.sites.remove(site)
     return found
 
@@ -354,8 +356,7 @@ def _names_behind(follower: Follower, node: fx.Node) -> Tensor:
 
 
 def _some(site: Site, generator: torch.Generator) -> Tensor:
-    """A random share of each cell, at least one; never the same for all sites, so that no two fit by chance."""
+    """A random share of each cell, never the same for all sites, so that no two fit by chance."""
     size = site.width // site.step
-    noise, share = torch.rand(site.width, generator=generator), torch.rand(1, generator=generator).item()
-    order = torch.argsort(site.cells * 2.0 + noise).view(site.step, size)
-    return order[:, : min(size - 1, max(1, round(size * (0.25 + 0.6 * share))))].flatten().sort().values
+    scores, share = torch.rand(site.width, generator=generator), torch.rand(1, generator=generator).item()
+    return keep_of(site, scores, site.step * min(size - 1, max(1, round(size * (0.25 + 0.6 * share)))))

@@ -1,0 +1,181 @@
+"""Networks drawn at random: shapes hold, pruning is masking, duplicates merge without loss where merge is claimed."""
+
+import copy
+
+import torch
+from conftest import masked
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+from nm_lightning import compress, trace
+
+PIECES = (
+    "conv",
+    "norm",
+    "activation",
+    "pool",
+    "depthwise",
+    "grouped",
+    "residual",
+    "bottleneck",
+    "concatenation",
+    "gate",
+)
+PIECES += ("excitation", "shuffle", "chunk", "twice", "transposed")
+ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.ReLU6, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Identity)
+
+
+class Random(nn.Module):
+    """Pieces in a row, then a head: each piece is a name and a number that it makes its choices by."""
+
+    def __init__(self, pieces, ending):
+        super().__init__()
+        self.pieces, self.ending = pieces, ending
+        self.layers = nn.ModuleList()
+        channels = 8
+        self.stem = nn.Conv2d(3, channels, 3, padding=1)
+        for piece, number in pieces:
+            made, channels = self.make(piece, number, channels)
+            self.layers.append(nn.ModuleList(made))
+        space = 16 if ending == "flatten" else 1
+        self.head = nn.Linear(channels * space, 4)
+        self.second = nn.Linear(channels * space, 4) if ending == "two" else None
+
+    def make(self, piece, number, c):
+        d = (8, 12, 16)[number % 3]
+        conv, bias = nn.Conv2d, bool(number % 2)
+        if piece == "conv":
+            return [conv(c, d, 3, padding=1, bias=bias)], d
+        if piece == "norm":
+            return [nn.BatchNorm2d(c)], c
+        if piece == "activation":
+            return [ACTIVATIONS[number % len(ACTIVATIONS)]()], c
+        if piece == "depthwise":
+            return [conv(c, c, 3, padding=1, groups=c, bias=bias)], c
+        if piece == "grouped":
+            return [conv(c, d, 3, padding=1, groups=(2, 4)[number % 2], bias=bias)], d
+        if piece == "residual":
+            return [conv(c, c, 3, padding=1, bias=bias), nn.BatchNorm2d(c)], c
+        if piece == "bottleneck":
+            return [conv(c, d, 1, bias=False), nn.BatchNorm2d(d), conv(d, c, 3, padding=1)], c
+        if piece == "concatenation":
+            return [conv(c, 4, 3, padding=1)], c + 4
+        if piece == "gate":
+            return [conv(c, c, 1)], c
+        if piece == "excitation":
+            return [nn.Linear(c, 4), nn.Linear(4, c)], c
+        if piece == "chunk":
+            return [conv(c, 2 * d, 1)], d
+        if piece == "twice":
+            return [conv(c, c, 3, padding=1)], c
+        if piece == "transposed":
+            return [nn.ConvTranspose2d(c, d, 3, padding=1, bias=bias)], d
+        return [], c  # pool, shuffle
+
+    def forward(self, x):
+        x = self.stem(x)
+        for (piece, _), layers in zip(self.pieces, self.layers, strict=True):
+            x = self.run(piece, list(layers), x)
+        x = F.adaptive_avg_pool2d(x, 4 if self.ending == "flatten" else 1).flatten(1)
+        return self.head(x) if self.second is None else self.head(x) + self.second(x)
+
+    def run(self, piece, layers, x):
+        if piece == "pool":
+            return F.max_pool2d(x, 3, 1, 1)
+        if piece == "residual":
+            return x + layers[1](layers[0](F.relu(x)))
+        if piece == "bottleneck":
+            return x + layers[2](F.relu(layers[1](layers[0](x))))
+        if piece == "concatenation":
+            return torch.cat([x, F.relu(layers[0](x))], 1)
+        if piece == "gate":
+            return x * layers[0](x).sigmoid()
+        if piece == "excitation":
+            return x * layers[1](F.relu(layers[0](x.mean((2, 3))))).sigmoid()[:, :, None, None]
+        if piece == "shuffle":
+            n, c, h, w = x.size()
+            return x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
+        if piece == "chunk":
+            a, b = layers[0](x).chunk(2, 1)
+            return a * torch.tanh(b)
+        if piece == "twice":
+            return layers[0](F.relu(layers[0](x)))
+        for layer in layers:
+            x = layer(x)
+        return x
+
+
+def build(pieces, ending, seed):
+    torch.manual_seed(seed)
+    model = Random(pieces, ending).double().eval()  # in double, so that 1e-5 is about the surgery, not about rounding
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(std=0.3)
+            module.running_var.uniform_(0.5, 1.5)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.3)
+    return model, torch.randn(3, 3, 6, 6).double()
+
+
+def duplicate(model, site):
+    """Make the second half of a site's neurons half-sized copies of the first, which get weights of one norm."""
+    producer = model.get_submodule(site.name)
+    norm = next((consumer.norm for consumer in site.consumers if consumer.norm), None)
+    half = site.width // 2
+    rows = (
+        producer.weight.data if not isinstance(producer, nn.ConvTranspose2d) else producer.weight.data.transpose(0, 1)
+    )
+    length = rows.flatten(1).square().sum(1)
+    if producer.bias is not None and not norm:
+        length = length + producer.bias.data.square()
+    factor = length.rsqrt()
+    rows *= factor.view(-1, *[1] * (rows.ndim - 1))
+    rows[half:] = 0.5 * rows[:half]
+    if producer.bias is not None:
+        producer.bias.data *= factor
+        producer.bias.data[half:] = 0.5 * producer.bias.data[:half]
+    if norm:
+        norm = model.get_submodule(norm)
+        norm.eps = 0.0
+        for tensor, scale in ((norm.running_mean, 0.5), (norm.running_var, 0.25), (norm.weight, 0.7), (norm.bias, 0.7)):
+            tensor.data[half:] = scale * tensor.data[:half]
+
+
+@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(
+    pieces=st.lists(st.tuples(st.sampled_from(PIECES), st.integers(0, 17)), min_size=1, max_size=6),
+    ending=st.sampled_from(["mean", "flatten", "two"]),
+    scope=st.sampled_from(["hidden", "all"]),
+    ratio=st.sampled_from([0.25, 0.5, 0.7]),
+    seed=st.integers(0, 1000),
+)
+def test_random_networks(pieces, ending, scope, ratio, seed):
+    model, images = build(pieces, ending, seed)
+    with torch.no_grad():
+        outputs = model(images)
+        found = trace(model, images, scope)
+        result = compress(model, images, "prune", ratio=ratio, scope=scope)
+        narrow = result.model(images)
+        assert narrow.shape == outputs.shape
+        scale = outputs.abs().max()
+        assert (narrow - masked(model, result, found.sites)(images)).abs().max() <= 1e-5 * scale
+        assert torch.equal(compress(model, images, ratio=0, scope=scope).model(images), outputs)
+
+        for site in found.sites:
+            claimed = site.step == 1 and not any(consumer.obstacle for consumer in site.consumers)
+            norms = {consumer.norm for consumer in site.consumers}
+            one_row = site.producers[0].even(site.width) and site.producers[0].positions().shape[1] == 1
+            if not claimed or not one_row or len(site.producers) > 1 or len(norms) > 1 or site.width % 2:
+                continue
+            twins = copy.deepcopy(model)
+            duplicate(twins, site)
+            expected = twins(images)
+            widths = {site.name: site.width // 2}
+            merged = compress(twins, images, "merge", "l2-norm", ratio=0, widths=widths, scope=scope,
+                              formulation="consistent", threshold=0.99)  # fmt: skip
+            row = next(row for row in merged.report.sites if row.name == site.name)
+            if row.merged:
+                assert (merged.model(images) - expected).abs().max() <= 1e-5 * expected.abs().max().clamp(min=1e-3), row
+            assert row.merged == site.width // 2 or row.note, row
