@@ -7,6 +7,7 @@ addition or a product ties the neurons that meet in it; an operation that is not
 a reason. No architecture is known by name.
 """
 
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -546,15 +547,26 @@ class Follower(fx.Interpreter):
         told = {offset + i for i, size in enumerate(sizes) if isinstance(size, int) and size != -1}
         dims = varying(result)
         free = [dim for dim in dims if dim not in told]
+        for dim in free:
+            measured = self._measured(sizes[dim - offset]) if 0 <= dim - offset < len(sizes) else None
+            if measured is not None and len(measured) == result.shape[dim]:
+                names = self._settle(result, dim)
+                if torch.equal(names.sort().values, measured.sort().values):
+                    continue  # the same neurons in another order
+                self._tie(names, measured, f"as many as other neurons{where(node)}", additive=True)
         held = [dim for dim in dims if dim in told]
         if not held:
             return
         if not free:
-            for dim in held:
-                if self._attributes(node, result, dim):
-                    free = [dim]
-                    held.remove(dim)
-                    break
+            owner, choices = self._attributes(node, result, held)
+            heads = [dim for dim, names in choices.items() if any("head" in n and "dim" not in n for n in names)]
+            if choices:
+                dim = heads[-1] if heads else next(iter(choices))  # (3, heads, ...): a literal 3 comes first
+                kind = f"channels of {owner}: {', '.join(choices[dim])} at {node.name}"
+                counts = dict.fromkeys(choices[dim], 1)
+                self._see(Access(owner, kind, [], counts, along(result, dim), node))
+                free = [dim]
+                held.remove(dim)
         if not free or any(free[0] < dim < free[-1] for dim in held):
             listed = ", ".join("?" if isinstance(size, fx.Node) else str(size) for size in sizes)
             self._freeze(result, f"reshaped to ({listed}), which carries a channel count as a number{where(node)}")
@@ -562,16 +574,30 @@ class Follower(fx.Interpreter):
         for dim in held:  # before the free ones: the same stay at each index; behind them: whole blocks stay or go
             self._tie(result, result.narrow(dim, 0, 1).expand_as(result), f"reshaped in blocks{where(node)}")
 
-    def _attributes(self, node: fx.Node, result: Tensor, dim: int) -> bool:
-        """Whether the module whose code this is holds the size as an attribute, which can shrink with it."""
+    def _measured(self, size: Any) -> Tensor | None:
+        """The neurons `(n,)` along the dimension whose length a size in the graph is; None if it is no such length."""
+        if not isinstance(size, fx.Node):
+            return None
+        if size.op == "call_function" and size.target is operator.getitem and isinstance(size.args[1], int):
+            shape, dim = size.args
+        elif size.op == "call_method" and size.target == "size" and len(size.args) == 2:
+            shape, dim = size, size.args[1]
+        else:
+            return None
+        source = shape.args[0] if isinstance(shape, fx.Node) and shape.args else None
+        origin = self.origins.get(source)
+        reads = isinstance(shape, fx.Node) and (shape.target in (getattr, "size"))
+        if not reads or not isinstance(origin, Tensor) or not isinstance(dim, int) or constant(origin, dim):
+            return None
+        return self._settle(origin, dim)
+
+    def _attributes(self, node: fx.Node, result: Tensor, dims: list[int]) -> tuple[str, dict[int, list[str]]]:
+        """The module whose code this is, and its attributes that hold a dimension's size and can shrink with it."""
         owner = next(reversed(node.meta.get("nn_module_stack") or {"": None})).partition("@")[0]
-        module, size = self._module(owner), result.shape[dim]
-        held = vars(module).items() if module else ()
-        counts = {name: 1 for name, number in held if type(number) is int and number == size}
-        if counts and size > 1:
-            line = f"{owner}: {', '.join(counts)}"
-            self._see(Access(owner, f"channels of {line} at {node.name}", [], counts, along(result, dim), node))
-        return bool(counts)
+        module = self._module(owner)
+        numbers = {name: held for name, held in vars(module).items() if type(held) is int} if module else {}
+        found = {dim: [name for name, held in numbers.items() if held == result.shape[dim]] for dim in dims}
+        return owner, {dim: names for dim, names in found.items() if names}
 
     def _over_space(
         self, node: fx.Node, operation: str, args: tuple, kwargs: dict, source: Tensor, value: Any
