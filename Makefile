@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 UV := $(shell command -v uv 2>/dev/null)
 PIP := $(if $(UV),$(UV) pip install -q --python $(BIN)/python,$(BIN)/python -m pip install -q)
 
-.PHONY: env demo test paper lint benchmark clean
+.PHONY: env demo test paper lint benchmark zoo clean
 
 env: $(VENV)/ready
 
@@ -29,7 +29,12 @@ paper: env  ## every published number; NM_ASSETS names the folder with the publi
 	$(BIN)/python -m pytest tests/test_paper.py --paper
 
 benchmark: env  ## tensor code against the paper's loops
+	$(BIN)/python benchmarks/merge_vgg16_imagenet.py
 	$(BIN)/python benchmarks/merge_vgg16.py
+
+zoo: env  ## every torchvision classifier in both scopes, next to torch-pruning (hours); goes on where it was stopped
+	$(PIP) -e ".[benchmark]"
+	$(BIN)/python benchmarks/zoo.py --export
 
 lint: env
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .

@@ -94,19 +94,3 @@ def random_network(name, num_classes, shape, seed=0):
             module.running_mean.normal_(std=0.2)
             module.running_var.uniform_(0.5, 1.5)
     return model.eval()
-
-
-def masked(model, result, sites):
-    """A copy of the wide network whose consumers read nothing from the neurons that `result` removed."""
-    import copy
-
-    wide = copy.deepcopy(model)
-    for site in sites:
-        for consumer in site.consumers:
-            gone = ~torch.isin(consumer.owner, result.keep[site.name]) & (consumer.owner >= 0)
-            name, dim = consumer.slots[0]
-            weight = wide.get_parameter(name).data.movedim(dim, 1)
-            per = len(gone) // consumer.groups
-            for group, part in enumerate(weight.chunk(consumer.groups)):
-                part[:, gone[group * per : (group + 1) * per]] = 0
-    return wide

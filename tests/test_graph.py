@@ -5,10 +5,10 @@ import pickle
 
 import pytest
 import torch
-from conftest import masked
 from torch import nn
 from torch.nn import functional as F
 
+from benchmarks.zoo import masked
 from nm_lightning import compress, trace
 from nm_lightning.errors import InputError
 
@@ -227,6 +227,17 @@ def test_hooks_modes_types_and_gradients_are_kept():
     trained = copy.deepcopy(double).train()
     trained(torch.randn(IMAGE).double()).sum().backward()
     assert trained[3].weight.grad.shape == (4, 6, 3, 3)
+
+
+@pytest.mark.parametrize("ratio", [0, 0.5])
+def test_the_result_shares_no_memory_with_the_input(ratio):
+    model = nn.Sequential(conv(3, 12), nn.BatchNorm2d(12), nn.ReLU(), conv(12, 4))
+    before = copy.deepcopy(model.state_dict())
+    narrow = compress(model, torch.zeros(IMAGE), "merge", ratio=ratio, threshold=0).model
+    with torch.no_grad():
+        for tensor in narrow.state_dict().values():
+            tensor.zero_()
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
 def test_tied_weights_stay_tied():

@@ -3,12 +3,12 @@
 import copy
 
 import torch
-from conftest import masked
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
+from benchmarks.zoo import masked
 from nm_lightning import compress, trace
 
 PIECES = (

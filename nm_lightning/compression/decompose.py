@@ -49,10 +49,11 @@ def neuron_vectors(member: Member, tensors: Mapping[str, Tensor], with_bias: boo
         with_bias: whether a bias belongs to the vector.
     """
     (weight, dim), *others = member.slots
-    positions = member.positions()
-    parts = [tensors[weight].detach().movedim(dim, 0)[positions].flatten(1)]
+    positions, rows = member.positions(), tensors[weight].detach().movedim(dim, 0)
+    as_they_lie = torch.equal(positions[:, 0], torch.arange(len(rows)))  # nothing to gather
+    parts = [(rows if as_they_lie else rows[positions]).flatten(1)]
     parts += [tensors[bias].detach()[positions] for bias, _ in others if with_bias]
-    return torch.cat(parts, dim=1).float()
+    return (torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]).float()
 
 
 def norm_parameters(norm: Member, producer: Member, tensors: Mapping[str, Tensor], eps: float) -> Norm:
@@ -113,8 +114,8 @@ def merge(
         return scaling
 
     lengths = vectors.norm(dim=1)
-    units = F.normalize(vectors, dim=1)
-    cosine = units[removed] @ units[keep].T
+    kept = F.normalize(vectors[keep], dim=1)
+    cosine = torch.cat([F.normalize(vectors[part], dim=1) @ kept.T for part in removed.split(1024)])  # saves memory
     ratio = lengths[removed, None] / lengths[keep]
     if norm is None:
         cost, scales = -cosine, ratio

@@ -5,13 +5,14 @@ plan is plain lists and numbers: it repeats the slicing on any network of the sa
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nm_lightning.compression.sites import Site
+from nm_lightning.compression.sites import Consumer, Site
 from nm_lightning.errors import InputError
 
 # {"slices": {tensor: [[dimension, groups, positions that stay], ...]}, "attributes": {"layer.attribute": length}}
@@ -60,15 +61,49 @@ def put(weight: Tensor, positions: Tensor, keep: Tensor, block: Tensor, groups: 
         split[group][:, stays] = block.view(groups, -1, *block.shape[1:])[group].flatten(1, 2)
 
 
+@dataclass
+class Fold:
+    """Fills a consumer's columns on the kept neurons with what merging makes of all of them.
+
+    Attributes:
+        consumer: the layer that reads the neurons.
+        keep: `(k,)`, the survivors.
+        scaling: `Z`, `(n, k)`.
+        multiply: `absorb`, or the reference's.
+    """
+
+    consumer: Consumer
+    keep: Tensor
+    scaling: Tensor
+    multiply: Callable[[Tensor, Tensor, Tensor], Tensor]
+
+    @property
+    def dim(self) -> int:
+        """The weight's dimension of columns."""
+        return self.consumer.slots[0][1]
+
+    def __call__(self, weight: Tensor) -> None:
+        """Write into the weight, whose rows may be sliced already, its columns not."""
+        columns = weight.movedim(self.dim, 1)
+        positions, keep, scaling = (
+            tensor.to(weight.device) for tensor in (self.consumer.positions(), self.keep, self.scaling)
+        )
+        groups = self.consumer.groups
+        if groups == 1:
+            put(columns, positions, keep, self.multiply(columns, positions, scaling))
+        else:
+            put(columns, positions, keep, absorb(columns, positions, scaling, keep, groups), groups)
+
+
 def plan_sites(sites: Sequence[Site], keeps: Mapping[str, Tensor]) -> Plan:
     """What the survivors `(k,)` of each site mean for the tensors and attributes of its layers."""
     masks: dict[tuple[str, int, int], Tensor] = {}
     axes: dict[str, tuple[Tensor, int]] = {}
-    for site in sites:
-        keep = keeps[site.name]
-        if len(keep) == site.width:
-            continue
-        for member in site.members:
+    shrinking = [site for site in sites if len(keeps[site.name]) < site.width]
+    parts = [(site, [*site.producers, *site.passed]) for site in shrinking]
+    for site, members in parts + [(site, site.consumers) for site in shrinking]:  # columns last: fewer rows to fold
+        for member in members:
+            keep = keeps[site.name]
             stays = torch.isin(member.owner, keep) | (member.owner < 0)
             for tensor, dim in member.slots:
                 before = masks.get((tensor, dim, member.groups))
@@ -86,8 +121,13 @@ def plan_sites(sites: Sequence[Site], keeps: Mapping[str, Tensor]) -> Plan:
     }
 
 
-def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
+def apply_plan(model: nn.Module, plan: Plan, folds: Mapping[str, Sequence[Fold]] | None = None) -> nn.Module:
     """Slice a wide network to the plan's survivors, in place; returns the same network.
+
+    Args:
+        model: the network; its tensors are replaced, not written to.
+        plan: what stays.
+        folds: by weight, what fills its surviving columns before the others go.
 
     Raises:
         InputError: the network lacks a tensor of the plan, or has it too short.
@@ -104,6 +144,10 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
             raise InputError(f"the compressed checkpoint was made from another network: no tensor {name!r}")
         tensor = narrow = tensors[name]
         for dim, groups, stays in steps:
+            for fold in (folds or {}).get(name, ()):
+                if fold.dim == dim:
+                    narrow = narrow.detach().clone() if narrow is tensor else narrow
+                    fold(narrow)
             narrow = _slice(name, narrow.detach(), dim, groups, stays)
         if isinstance(tensor, nn.Parameter):
             narrow = nn.Parameter(narrow, requires_grad=tensor.requires_grad)

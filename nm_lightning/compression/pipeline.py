@@ -1,6 +1,6 @@
 """The house's one road: trace, select, decompose, fold, report."""
 
-import copy
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from nm_lightning.compression import decompose, reference, select
-from nm_lightning.compression.fold import Plan, absorb, apply_plan, named_tensors, plan_sites, put
-from nm_lightning.compression.prepare import plain, unwrapped
+from nm_lightning.compression.fold import Fold, Plan, absorb, apply_plan, named_tensors, plan_sites
+from nm_lightning.compression.prepare import own_tensors, plain_copy, unwrapped
 from nm_lightning.compression.report import Report, SiteReport
 from nm_lightning.compression.sites import Consumer, Site
 from nm_lightning.compression.trace import trace
@@ -114,16 +114,13 @@ def compress(
     if not isinstance(example_input, Tensor):
         raise InputError(f"example_input is a {type(example_input).__name__}: give one tensor, a batch of images")
     model = unwrapped(model)
-    narrow = copy.deepcopy(model)
-    notes = plain(narrow)
-    originals = named_tensors(narrow if notes else model)
-    if notes:  # what is folded below must not be seen by the scaling matrices of other sites
-        originals = {name: tensor.detach().clone() for name, tensor in originals.items()}
+    narrow, notes = plain_copy(model)
+    originals = named_tensors(narrow)
     found = trace(narrow, example_input, scope)
     chosen = select.choose(found.sites, sites)
     counts = select.budget(chosen, ratio, widths, rounding)
 
-    report, keeps, tensors = Report(skipped=found.skipped, remarks=notes), {}, named_tensors(narrow)
+    report, keeps, folds = Report(skipped=found.skipped, remarks=notes), {}, defaultdict(list)
     layers = dict(narrow.named_modules())
     for site in chosen:
         keep = select.keep_of(site, _scores(site, originals, criterion).cpu(), counts[site.name])
@@ -135,10 +132,11 @@ def compress(
             multiply = absorb if implementation == "fast" else reference.absorb
             for consumer, scaling in zip(site.consumers, scalings, strict=True):
                 if scaling is not None:
-                    _fold(tensors, consumer, keep, scaling, multiply)
+                    folds[consumer.slots[0][0]].append(Fold(consumer, keep, scaling, multiply))
 
     plan = plan_sites(chosen, keeps)
-    apply_plan(narrow, plan)
+    apply_plan(narrow, plan, folds)
+    own_tensors(narrow, originals)
     return CompressionResult(narrow, report, plan, keeps)
 
 
@@ -155,18 +153,6 @@ def _scores(site: Site, tensors: Mapping[str, Tensor], criterion: str) -> Tensor
         owned = producer.owner >= 0
         total.index_add_(0, producer.owner[owned], each[owned] / each.mean().clamp(min=1e-30))
     return total
-
-
-def _fold(tensors: Mapping[str, Tensor], consumer: Consumer, keep: Tensor, scaling: Tensor, multiply: Callable) -> None:
-    """Give a consumer its columns on the kept neurons, still among the removed ones."""
-    name, dim = consumer.slots[0]
-    weight = tensors[name].data.movedim(dim, 1)
-    positions, keep = consumer.positions().to(weight.device), keep.to(weight.device)
-    if consumer.groups == 1:
-        put(weight, positions, keep, multiply(weight, positions, scaling.to(weight.device)))
-    else:
-        block = absorb(weight, positions, scaling.to(weight.device), keep, consumer.groups)
-        put(weight, positions, keep, block, consumer.groups)
 
 
 def _scalings(

@@ -1,6 +1,9 @@
 """Before the first room: a network without wrappers, its weights plain tensors."""
 
-from torch import nn
+import copy
+from collections.abc import Mapping
+
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize, prune
 
@@ -18,7 +21,37 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def plain(model: nn.Module) -> list[str]:
+def plain_copy(model: nn.Module) -> tuple[nn.Module, list[str]]:
+    """A copy whose weights are plain tensors, and what was made plain for that.
+
+    It shares its tensors with the model, but for parametrised ones, which are made plain in memory of their own.
+    """
+    if any(parametrize.is_parametrized(module) or _hooks(module) for module in model.modules()):
+        narrow = copy.deepcopy(model)
+        return narrow, _make_plain(narrow)
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}), []
+
+
+def own_tensors(narrow: nn.Module, shared: Mapping[str, Tensor]) -> None:
+    """Give a network memory of its own for each tensor that is still one of `shared`."""
+    foreign = {id(tensor) for tensor in shared.values()}
+    copies: dict[int, Tensor] = {}
+    for module in narrow.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if id(tensor) in foreign:
+                    if id(tensor) not in copies:
+                        copies[id(tensor)] = copy.deepcopy(tensor)
+                    tensors[name] = copies[id(tensor)]
+
+
+def _hooks(module: nn.Module) -> list:
+    """Torch's older masks and norms of weights, which work by hooks."""
+    hooks = module._forward_pre_hooks.values()
+    return [hook for hook in hooks if isinstance(hook, prune.BasePruningMethod) or type(hook).__name__ in REMOVE]
+
+
+def _make_plain(model: nn.Module) -> list[str]:
     """Make parametrised weights (weight norm, spectral norm, pruning masks) plain tensors, in place; says which."""
     notes = []
     for name, module in model.named_modules():
@@ -29,12 +62,12 @@ def plain(model: nn.Module) -> list[str]:
             for tensor in list(module.parametrizations):
                 parametrize.remove_parametrizations(module, tensor, leave_parametrized=True)
                 notes.append(f"{name}.{tensor}: its parametrisation was made plain")
-        for hook in list(module._forward_pre_hooks.values()):
-            if isinstance(hook, prune.BasePruningMethod):
-                tensor = hook._tensor_name
-                prune.remove(module, tensor)
-                notes.append(f"{name}.{tensor}: its pruning mask was made plain")
-            elif (kind := type(hook).__name__) in REMOVE:
+        for hook in _hooks(module):
+            kind = type(hook).__name__
+            if kind in REMOVE:
                 REMOVE[kind](module, hook.name)
                 notes.append(f"{name}.{hook.name}: its {kind} was made plain")
+            else:
+                prune.remove(module, hook._tensor_name)
+                notes.append(f"{name}.{hook._tensor_name}: its pruning mask was made plain")
     return notes

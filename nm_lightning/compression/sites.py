@@ -76,11 +76,6 @@ class Site:
         """The number of cells: a width is a multiple of it."""
         return int(self.cells.max()) + 1
 
-    @property
-    def members(self) -> list[Member]:
-        """All layers that change with the site."""
-        return [*self.producers, *self.passed, *self.consumers]
-
 
 @dataclass
 class Trace:
