@@ -202,6 +202,28 @@ def test_a_number_in_the_users_code_is_refused_in_one_line():
     assert "test_graph.py, line" in found.skipped["a"]
 
 
+class Standardised(nn.Conv2d):
+    """A subclass whose weight is standardised over its columns before use."""
+
+    def forward(self, x):
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return F.conv2d(x, weight / weight.std((1, 2, 3), keepdim=True), self.bias, padding=1)
+
+
+def test_a_subclass_that_standardises_its_weight_keeps_its_columns():
+    model = nn.Sequential(conv(3, 12), nn.ReLU(), Standardised(12, 8, 3), nn.ReLU(), conv(8, 4))
+    found = trace(model, torch.zeros(IMAGE))
+    assert [site.name for site in found.sites] == ["2"]
+    assert "not linear in its weight" in found.skipped["0"]
+
+
+def test_layers_that_are_not_looked_into_are_listed():
+    model = nn.Sequential(nn.Linear(12, 12), nn.TransformerEncoderLayer(12, 2, 16, batch_first=True), nn.Linear(12, 3))
+    found = trace(model, torch.zeros(TOKENS))
+    assert "not looked into" in found.skipped["1"]
+    assert "transformerencoderlayer" in found.skipped["0"]
+
+
 def test_what_cannot_be_traced_names_the_users_line():
     model = Graph(lambda n, x: n.a(x) if x.sum() > 0 else n.b(x), a=conv(3, 12), b=conv(3, 12))
     with pytest.raises(InputError, match=r"can't be traced.*test_graph\.py, line \d+: model = Graph"):

@@ -7,9 +7,10 @@ addition or a product ties the neurons that meet in it; an operation that is not
 a reason. No architecture is known by name.
 """
 
+import copy
 import operator
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -109,7 +110,12 @@ class Facts:
     ties: list[Tie] = field(default_factory=list)
     quotas: list[Quota] = field(default_factory=list)
     frozen: list[tuple[Tensor, str]] = field(default_factory=list)
+    shapes: dict[str, torch.Size] = field(default_factory=dict)  # what layers with a forward of their own read
     total: int = 0
+
+    def copy(self) -> "Facts":
+        """The same facts, to be added to on their own."""
+        return Facts(**{entry.name: copy.copy(getattr(self, entry.name)) for entry in fields(self)})
 
 
 class Tracer(fx.Tracer):
@@ -186,6 +192,8 @@ class Follower(fx.Interpreter):
         if isinstance(layer, nn.MultiheadAttention):
             return self._attention(node, layer, args, kwargs, origins, value)
         if isinstance(layer, LAYERS):
+            if not type(layer).__module__.startswith("torch.nn."):
+                self.facts.shapes[node.target] = args[0].shape
             return self._layer(node, layer, sources[0], value)
         if operation in FUNCTIONAL and node.op == "call_function":
             return self._functional(node, operation, args, kwargs, sources, value)

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from nm_lightning.compression.fold import apply_plan, plan_sites
-from nm_lightning.compression.follow import FIXED, Access, Facts, Follower, compact
+from nm_lightning.compression.follow import FIXED, LAYERS, Access, Facts, Follower, compact
 from nm_lightning.compression.select import keep_of
 from nm_lightning.compression.sites import Consumer, Member, Site, Trace
 from nm_lightning.errors import InputError
@@ -55,9 +55,15 @@ def trace(model: nn.Module, example_input: Tensor, scope: str = "hidden") -> Tra
         example = _like(example_input[:1], hollow)
         followers = [_follow(hollow, example, facts)]
     seen = {tensor for access in facts.accesses.values() for tensor, _ in access.slots}
-    if any(name not in seen for name, _ in hollow.named_parameters()):
-        training = _follow_in_training(hollow, example, facts)  # auxiliary heads exist only there
-        followers += [training] if training else []
+    if any(name not in seen for name, _ in hollow.named_parameters()):  # auxiliary heads exist only in training
+        try:
+            more = facts.copy()
+            followers.append(_follow(hollow.train(), example.expand(2, *example.shape[1:]), more))
+            facts = more
+        except InputError:
+            pass  # the network as it is evaluated is known
+        hollow.eval()
+    _check_own_forwards(model, facts)
     found = _collect(facts, followers)
     _try_out(hollow, example, facts, found)
     if scope == "hidden":
@@ -105,19 +111,28 @@ def _follow(hollow: nn.Module, example: Tensor, facts: Facts, given: dict[str, T
     return follower
 
 
-def _follow_in_training(hollow: nn.Module, example: Tensor, facts: Facts) -> Follower | None:
-    """The same in training mode, where that works."""
-    before = copy.copy(facts)
-    before.blocks, before.accesses = dict(facts.blocks), dict(facts.accesses)
-    counts = len(facts.ties), len(facts.quotas), len(facts.frozen)
-    try:
-        return _follow(hollow.train(), example.expand(2, *example.shape[1:]), facts)
-    except Exception:  # whatever happens there, the network as it is evaluated is known
-        facts.blocks, facts.accesses = before.blocks, before.accesses
-        del facts.ties[counts[0] :], facts.quotas[counts[1] :], facts.frozen[counts[2] :]
-        return None
-    finally:
-        hollow.eval()
+def _check_own_forwards(model: nn.Module, facts: Facts) -> None:
+    """Freeze what a subclass reads whose forward is not linear in its weight, as one that standardises it."""
+    for name, shape in facts.shapes.items():
+        access = facts.accesses.get((name, "columns"))
+        if access is None:
+            continue
+        layer = copy.deepcopy(model.get_submodule(name)).eval()
+        weight, dim = layer.weight.data, access.slots[0][1]
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randn(shape, generator=generator).to(weight.device, weight.dtype)
+        shape = [-1 if position == dim else 1 for position in range(weight.ndim)]
+        half = (torch.arange(weight.shape[dim], device=weight.device) % 2).view(shape)
+        with torch.no_grad():
+            whole = layer(images)
+            parts = []
+            for mask in (half, 1 - half, 0 * half):
+                layer.weight.data = weight * mask
+                parts.append(layer(images))
+        gap = (parts[0] + parts[1] - parts[2] - whole).abs().max()
+        if not gap <= 1e-3 * whole.abs().max():
+            reason = f"{name} ({type(layer).__name__}) has a forward that is not linear in its weight"
+            facts.frozen.append((access.names[access.names != FIXED], reason))
 
 
 def _first_line(error: Exception) -> str:
@@ -181,6 +196,13 @@ def _collect(facts: Facts, followers: list[Follower]) -> Trace:
 
     carriers = _carriers(followers, component)
     found = Trace([])
+    for follower in followers:
+        for node in follower.module.graph.nodes:
+            if node.op == "call_module":
+                layer = follower.fetch_attr(node.target)
+                held = next(layer.parameters(), None) is not None
+                if held and not isinstance(layer, (*LAYERS, nn.MultiheadAttention)):
+                    found.skipped[node.target] = f"nn.{type(layer).__name__} is not looked into"
     for index in order:
         rows = [access for access in members[index]["rows"] if access.slots[0][0] not in facts.parameters]
         inside = torch.zeros(fixed + 1, dtype=torch.bool)

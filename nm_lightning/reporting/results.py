@@ -113,7 +113,8 @@ def plot(path: Path, title: str, baseline: Baseline, results: list[Result]) -> N
         axes.plot(*zip(*sorted(points), strict=True), styles.get(criterion, "-"), color=colours.get(method, "C4"),
                   marker="o", markersize=4, label=f"{method}, {criterion}")  # fmt: skip
     axes.set(xlabel="share of neurons removed", ylabel="test accuracy (%)", title=title)
-    axes.set_xlim(left=0)
+    if len({share for points in lines.values() for share, _ in points}) == 1:
+        axes.set_xlim(0, 1)  # around a single point the axis would be a hair's breadth
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(path)
