@@ -170,8 +170,46 @@ def test_a_zero_norm_weight_writes_no_infinity():
             assert result.model(images).isfinite().all()
 
 
-def test_merge_says_where_it_falls_back():
-    model = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 2))
-    result = compress(model, torch.zeros(1, 4))
-    assert "gelu is not positively homogeneous" in result.report.notes[0]
-    assert result.report.sites[0].merged == 0
+class Between(nn.Module):
+    """Two convolutions and a function between them."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function, self.a, self.b = function, nn.Conv2d(3, 8, 3), nn.Conv2d(8, 2, 3)
+
+    def forward(self, x):
+        return self.b(self.function(self.a(x)))
+
+
+def used_after_a_change_in_place(x):
+    x.add_(1.0)
+    return x
+
+
+@pytest.mark.parametrize(
+    ("function", "says"),
+    [
+        (nn.functional.gelu, "gelu is not positively homogeneous"),
+        (nn.ReLU6(), "relu6 is not positively homogeneous"),
+        (lambda x: x + 1, "a constant is added"),
+        (lambda x: 1 / x, "divides a constant"),
+        (lambda x: torch.ones(1) / x, "divides a constant"),
+        (lambda x: x * x, "multiplied by itself"),
+        (nn.ConstantPad2d(1, 2.0), "padded with a constant"),
+        (lambda x: nn.functional.pad(x, (1, 1), value=2.0), "padded with a constant"),
+        (used_after_a_change_in_place, "changed in place"),
+        (nn.PReLU(8), "a slope for each channel"),
+        (nn.GroupNorm(2, 8), "mixes channels"),
+    ],
+)
+def test_merge_says_where_it_falls_back(function, says):
+    result = compress(Between(function), torch.zeros(1, 3, 8, 8))
+    assert says in result.report.notes[0]
+    assert (result.report.sites[0].merged, result.report.sites[0].method) == (0, "prune")
+
+
+@pytest.mark.parametrize("function", [nn.LeakyReLU(), nn.ZeroPad2d(1), nn.MaxPool2d(2), lambda x: x / 3, nn.PReLU()])
+def test_merge_goes_where_scaling_passes(function):
+    result = compress(Between(function), torch.zeros(1, 3, 8, 8), threshold=0)
+    assert not result.report.notes
+    assert (result.report.sites[0].merged, result.report.sites[0].method) == (4, "merge")

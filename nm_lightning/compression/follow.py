@@ -45,7 +45,8 @@ MOVES |= {"unsqueeze", "getitem", "chunk", "split", "unbind", "narrow", "cat", "
 MOVES |= {"pixelshuffle", "pixelunshuffle", "channelshuffle", "expandas", "flip", "repeat", "select"}
 RESHAPES = {"reshape", "view", "unflatten"}
 SUMS = {"add", "iadd", "sub", "isub", "rsub"}
-PRODUCTS = {"mul", "imul", "multiply", "div", "truediv", "itruediv"}
+QUOTIENTS = {"div", "divide", "truediv", "itruediv"}
+PRODUCTS = {"mul", "imul", "multiply", *QUOTIENTS}
 # torch.nn.functional's layers: the names of their arguments
 FUNCTIONAL = {
     **{f"conv{d}d": ("input", "weight", "bias", "stride", "padding", "dilation", "groups") for d in (1, 2, 3)},
@@ -162,6 +163,10 @@ class Follower(fx.Interpreter):
         value = super().run_node(node)
         origins = fx.map_arg((node.args, node.kwargs), lambda argument: self.origins[argument])
         self.origins[node] = self._follow(node, args, kwargs, origins, value)
+        if _in_place(node, self.fetch_attr(node.target) if node.op == "call_module" else None):
+            changed = node.args[0] if node.args else None
+            if isinstance(changed, fx.Node) and len(changed.users) > 1 and self.roles.get(node) != "move":
+                self.roles[changed] = f"changed in place by {operation_name(node, None)}"
         return value
 
     def call_module(self, target: str, args: tuple, kwargs: dict) -> Any:
@@ -195,6 +200,9 @@ class Follower(fx.Interpreter):
             if not type(layer).__module__.startswith("torch.nn."):
                 self.facts.shapes[node.target] = args[0].shape
             return self._layer(node, layer, sources[0], value)
+        home = getattr(node.target, "__module__", None) if node.op == "call_function" else None
+        if home and not home.startswith(("torch", "_operator", "operator", "builtins")):
+            operation = f"{home}.{operation}"  # a function of the user's is not torch's, whatever its name
         if operation in FUNCTIONAL and node.op == "call_function":
             return self._functional(node, operation, args, kwargs, sources, value)
         if operation in MOVES:
@@ -627,17 +635,18 @@ class Follower(fx.Interpreter):
             return F.pad(source, list(amounts), value=FIXED)
         if not all(constant(source, dim) for dim in space):
             return None
-        given = kwargs.get("value", args[3] if operation == "pad" and len(args) > 3 else 0)
-        self.roles[node] = "padded with a constant" if operation == "pad" and given else "scale"
+        given = kwargs.get("value", args[3] if len(args) > 3 else 0) if operation == "pad" else 0
+        if node.op == "call_module":
+            given = getattr(self.fetch_attr(node.target), "value", 0)
+        self.roles[node] = "padded with a constant" if operation in PADS and given else "scale"
         return shrink(source, space).expand_as(value)
 
     def _combine(self, node: fx.Node, operation: str, args: tuple, sources: list[Tensor], value: Tensor) -> Tensor:
         """A sum or product of two values: neurons that meet in one entry are tied."""
         additive = operation in SUMS
         if len(sources) < 2:
-            divides_by = operation in ("div", "truediv", "rsub") and not isinstance(args[0], Tensor)
             self.roles[node] = "a constant is added" if additive else "scale"
-            if divides_by:
+            if operation in QUOTIENTS and not isinstance(args[0], Tensor):
                 self.roles[node] = "it divides a constant"
             return sources[0].expand_as(value)
         first, second = (source.expand_as(value) for source in sources[:2])
@@ -650,6 +659,8 @@ class Follower(fx.Interpreter):
             own = varying(sources[this].expand_as(value))
             if own and all(padded[dim] == 1 for dim in own) and not varying(sources[that].expand_as(value)):
                 self.roles[node] = "a constant is added" if additive else "scale"
+                if this == 1 and operation in QUOTIENTS:
+                    self.roles[node] = "it divides a constant"
                 only = compact(second if that else first)
                 if bool((only != FIXED).any()):
                     self.roles[node] = "added to other neurons" if additive else "multiplied by other neurons"
@@ -757,6 +768,13 @@ def operation_name(node: fx.Node, layer: nn.Module | None) -> str:
     else:
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
     return name.replace("_", "").lower()
+
+
+def _in_place(node: fx.Node, layer: nn.Module | None) -> bool:
+    """Whether an operation writes into its input."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    writes = node.op in ("call_method", "call_function") and name.endswith("_") and not name.endswith("__")
+    return writes or bool(getattr(layer, "inplace", False) or node.kwargs.get("inplace", False))
 
 
 def where(node: fx.Node) -> str:
