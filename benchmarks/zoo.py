@@ -141,29 +141,37 @@ def torch_pruning(model: nn.Module, images: Tensor) -> dict:
     }
 
 
-def row(name: str, exports: bool) -> dict:
-    """Everything about one network; a failure is a sentence."""
+def part(name: str, label: str, exports: bool) -> dict:
+    """What one scope, or torch-pruning, measured on one network; a failure is a sentence."""
     warnings.filterwarnings("ignore")
-    result: dict = {"name": name}
-    steps = {scope: lambda scope=scope: examine(*build(name), scope, exports) for scope in SCOPES}
-    steps["torch_pruning"] = lambda: torch_pruning(*build(name))
-    for label, step in steps.items():
-        try:
-            result[label] = step()
-        except Exception as error:  # the table tells what failed
-            lines = str(error).splitlines() or [""]
-            result[label] = {"failed": f"{type(error).__name__}: {lines[0][:200]}"}
-    return result
+    try:
+        if label == "torch_pruning":
+            return torch_pruning(*build(name))
+        return examine(*build(name), label, exports)
+    except Exception as error:  # the table tells what failed
+        lines = str(error).splitlines() or [""]
+        return {"failed": f"{type(error).__name__}: {lines[0][:200]}"}
+
+
+def in_a_process(name: str, label: str, exports: bool) -> dict:
+    """The same in a process of its own, which may die of memory or take too long."""
+    command = [sys.executable, __file__, name, "--part", label, *(["--export"] if exports else [])]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    except subprocess.TimeoutExpired:
+        return {"failed": "took more than 15 minutes"}
+    last = (done.stdout.splitlines() or [""])[-1]
+    return json.loads(last) if last.startswith("{") else {"failed": f"exit code {done.returncode}"}
 
 
 def table(rows: list[dict]) -> str:
     """Markdown."""
 
-    def cells(part: dict) -> list[str]:
-        if "failed" in part:
+    def cells(measured: dict) -> list[str]:
+        if "failed" in measured:
             return ["failed", "", ""]
-        left = [after / before for before, after in (part["parameters"], part["macs"])]
-        return [f"{left[0]:.0%}", f"{left[1]:.0%}", f"{part['seconds']:.1f}"]
+        left = [after / before for before, after in (measured["parameters"], measured["macs"])]
+        return [f"{left[0]:.0%}", f"{left[1]:.0%}", f"{measured['seconds']:.1f}"]
 
     lines = [
         "| network | parameters | hidden: sites | parameters left | MACs left | s "
@@ -172,10 +180,10 @@ def table(rows: list[dict]) -> str:
     ]
     for entry in rows:
         parts = [entry[scope] for scope in SCOPES]
-        total = next((part["parameters"][0] for part in parts if "failed" not in part), 0)
+        total = next((piece["parameters"][0] for piece in parts if "failed" not in piece), 0)
         line = [entry["name"], f"{total / 1e6:.1f} M"]
-        for part in parts:
-            line += [str(part.get("sites", "")), *cells(part)]
+        for piece in parts:
+            line += [str(piece.get("sites", "")), *cells(piece)]
         lines.append("| " + " | ".join(line + cells(entry["torch_pruning"])) + " |")
     ours, theirs = ([entry for entry in rows if "failed" not in entry[label]] for label in ("all", "torch_pruning"))
     both = [entry for entry in ours if entry in theirs]
@@ -197,10 +205,10 @@ def main() -> None:
     parser.add_argument("--export", action="store_true", help="check both exports too (slow)")
     parser.add_argument("--output", type=Path, default=DOCS / "zoo.jsonl", help="a line of JSON for each network")
     parser.add_argument("--table", action="store_true", help="write zoo.md beside the output")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--part", choices=(*SCOPES, "torch_pruning"), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.one:
-        print(json.dumps(row(args.one, args.export)))
+    if args.part:
+        print(json.dumps(part(args.names[0], args.part, args.export)))
         return
     rows = {}
     if args.output.is_file():
@@ -211,15 +219,8 @@ def main() -> None:
         for name in args.names or torchvision.models.list_models(module=torchvision.models):
             if name in rows and not args.names:
                 continue  # a run that was stopped goes on
-            command = [sys.executable, __file__, "--one", name, *(["--export"] if args.export else [])]
-            done = subprocess.run(command, capture_output=True, text=True)
-            last = (done.stdout.splitlines() or [""])[-1]
-            died = {"failed": f"exit code {done.returncode}"}
-            entry = (
-                json.loads(last)
-                if last.startswith("{")
-                else {"name": name} | dict.fromkeys((*SCOPES, "torch_pruning"), died)
-            )
+            entry = {"name": name}
+            entry |= {label: in_a_process(name, label, args.export) for label in (*SCOPES, "torch_pruning")}
             rows[name] = entry
             args.output.write_text("".join(json.dumps(rows[key]) + "\n" for key in sorted(rows)))
             print(json.dumps(entry), flush=True)
