@@ -195,7 +195,7 @@ class Follower(fx.Interpreter):
         if isinstance(node.target, type) and issubclass(node.target, tuple):
             return node.target(*origins[0], **origins[1])
         if isinstance(layer, nn.MultiheadAttention):
-            return self._attention(node, layer, args, kwargs, origins, value)
+            return self._attention(node, layer, origins, value)
         if isinstance(layer, LAYERS):
             if not type(layer).__module__.startswith("torch.nn."):
                 self.facts.shapes[node.target] = args[0].shape
@@ -204,7 +204,7 @@ class Follower(fx.Interpreter):
         if home and not home.startswith(("torch", "_operator", "operator", "builtins")):
             operation = f"{home}.{operation}"  # a function of the user's is not torch's, whatever its name
         if operation in FUNCTIONAL and node.op == "call_function":
-            return self._functional(node, operation, args, kwargs, sources, value)
+            return self._functional(node, operation, args, kwargs, value)
         if operation in MOVES:
             return self._move(node, operation, layer, origins)
         if operation in HOMOGENEOUS | ELEMENTWISE:
@@ -327,9 +327,7 @@ class Follower(fx.Interpreter):
             return source
         return self._stop(node, source, value, f"{name} normalises over several dimensions")
 
-    def _attention(
-        self, node: fx.Node, layer: nn.MultiheadAttention, args: tuple, kwargs: dict, origins: tuple, value: Any
-    ) -> Any:
+    def _attention(self, node: fx.Node, layer: nn.MultiheadAttention, origins: tuple, value: Any) -> Any:
         """`nn.MultiheadAttention` ties its inner width to its input's.
 
         So that both shrink by equally much, each run of `head_dim` input channels is one with the head at its place.
@@ -359,13 +357,9 @@ class Follower(fx.Interpreter):
         out = f"{name}.out_proj"
         self._see(Access(out, "columns", [(slots["out_proj.weight"], 1)], {"in_features": 1}, inner, node))
         rows = [(slots[label], 0) for label in ("out_proj.weight", "out_proj.bias") if label in slots]
-        attended = self._produce(node, out, rows, {"out_features": 1}, value[0], 2)
-        self.roles[node] = "produce"
-        return (attended, _fixed(value[1]))
+        return (self._produce(node, out, rows, {"out_features": 1}, value[0], 2), _fixed(value[1]))
 
-    def _functional(
-        self, node: fx.Node, operation: str, args: tuple, kwargs: dict, sources: list[Tensor], value: Tensor
-    ) -> Tensor:
+    def _functional(self, node: fx.Node, operation: str, args: tuple, kwargs: dict, value: Tensor) -> Tensor:
         """`torch.nn.functional`'s layers on parameters of the user's module."""
         labels = FUNCTIONAL[operation]
         given = dict(zip(labels, args, strict=False)) | kwargs
@@ -432,7 +426,7 @@ class Follower(fx.Interpreter):
         """New neurons along `dim`, the same ones whenever the layer is called again."""
         self.roles[node] = "produce"
         width = value.shape[dim]
-        key = slots[0][0] if slots else name  # layers that share a weight share its neurons
+        key = slots[0][0]  # layers that share a weight share its neurons
         if key not in self.facts.blocks:
             names = self.given.get(key)
             if names is None:
@@ -445,9 +439,7 @@ class Follower(fx.Interpreter):
         self.facts.accesses.setdefault((name, "rows"), Access(name, "rows", slots, counts, names, node))
         if groups > 1:
             self._quota(names, groups)
-        shape = [1] * value.ndim
-        shape[dim] = width
-        return names.view(shape).expand_as(value)
+        return lay_along(names, dim, value.ndim).expand_as(value)
 
     def _read(
         self,
@@ -480,9 +472,7 @@ class Follower(fx.Interpreter):
         names = self._settle(source, dim).repeat_interleave(repeats)
         if slots or counts:
             self._see(Access(name, "channels", slots, counts, names, node))
-        shape = [1] * value.ndim
-        shape[dim] = len(names)
-        return names.view(shape).expand_as(value)
+        return lay_along(names, dim, value.ndim).expand_as(value)
 
     def _see(self, access: Access) -> None:
         """Note what a layer reads; a layer called again ties what it reads now to what it read before."""
@@ -499,9 +489,7 @@ class Follower(fx.Interpreter):
         """The neuron of each position along `dim`; several that share a position are tied."""
         names = along(source, dim)
         if not all(constant(source, other) for other in range(source.ndim) if other != dim % source.ndim):
-            shape = [1] * source.ndim
-            shape[dim] = -1
-            self._tie(names.view(shape), source, "several of its neurons are read through one weight")
+            self._tie(lay_along(names, dim, source.ndim), source, "several of its neurons are read through one weight")
         return names
 
     # -- operations without weights
@@ -818,6 +806,13 @@ def constant(names: Tensor, dim: int) -> bool:
 def varying(names: Tensor) -> list[int]:
     """The dimensions along which the neuron changes."""
     return [dim for dim in range(names.ndim) if not constant(names, dim)]
+
+
+def lay_along(names: Tensor, dim: int, ndim: int) -> Tensor:
+    """Names `(n,)` as a tensor of `ndim` dimensions, all of size 1 but `dim`."""
+    shape = [1] * ndim
+    shape[dim] = -1
+    return names.view(shape)
 
 
 def along(names: Tensor, dim: int) -> Tensor:

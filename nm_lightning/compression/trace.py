@@ -157,11 +157,16 @@ def _components(count: int, pairs: list[Tensor]) -> Tensor:
     return torch.from_numpy(connected_components(graph, directed=False)[1]).long()
 
 
+def _tied_pairs(facts: Facts) -> list[Tensor]:
+    """The ties as `(2, m)` pairs, with `facts.total` for what no neuron owns."""
+    pairs = [torch.stack([tie.first, tie.second]) for tie in facts.ties]
+    return [torch.where(pair == FIXED, facts.total, pair) for pair in pairs]
+
+
 def _collect(facts: Facts, followers: list[Follower]) -> Trace:
     """The sites: neurons tied to each other and to nothing that must stay."""
     fixed = facts.total  # one more node, for what no neuron owns
-    ties = [torch.stack([tie.first, tie.second]) for tie in facts.ties]
-    ties = [torch.where(pair == FIXED, fixed, pair) for pair in ties]
+    ties = _tied_pairs(facts)
     neuron = _components(fixed + 1, ties)  # what stays or goes as one
     chains = [torch.stack([names[:-1], names[1:]]) for names in facts.blocks.values() if len(names) > 1]
     free = [pair[:, (pair != fixed).all(dim=0)] for pair in ties]
@@ -307,6 +312,7 @@ def _path(
 def _try_out(hollow: nn.Module, example: Tensor, facts: Facts, found: Trace) -> None:
     """Narrow a copy at all sites and follow it again; sites where it goes wrong move to `skipped`."""
     generator = torch.Generator().manual_seed(0)
+    same = _components(facts.total + 1, _tied_pairs(facts))
     while found.sites:
         keeps = {site.name: _some(site, generator) for site in found.sites}
         narrow = copy.deepcopy(hollow)
@@ -337,7 +343,6 @@ def _try_out(hollow: nn.Module, example: Tensor, facts: Facts, found: Trace) -> 
             if not bad:
                 bad = dict.fromkeys(range(len(found.sites)), f"a narrower network fails: {line}")
         else:
-            same = _components(facts.total + 1, [torch.where(p == FIXED, facts.total, p) for p in _pairs(facts)])
             for key, access in facts.accesses.items():
                 if key not in seen.accesses or access.kind == "rows":
                     continue
@@ -353,10 +358,6 @@ def _try_out(hollow: nn.Module, example: Tensor, facts: Facts, found: Trace) -> 
         for number in sorted(bad, reverse=True):
             site = found.sites.pop(number)
             found.skipped |= {member.name: bad[number] for member in site.producers}
-
-
-def _pairs(facts: Facts) -> list[Tensor]:
-    return [torch.stack([tie.first, tie.second]) for tie in facts.ties]
 
 
 def _names_of(origin: object) -> Tensor:
