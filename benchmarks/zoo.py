@@ -18,7 +18,9 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +31,7 @@ from nm_lightning.compression.follow import MIXING_NORMS
 from nm_lightning.compression.trace import without_data
 
 SCOPES = ("hidden", "all")
+T = TypeVar("T")
 DOCS = Path(__file__).parent.parent / "docs"
 
 
@@ -56,9 +59,7 @@ def examine(model: nn.Module, images: Tensor, scope: str, exports: bool = False)
     """Compress at 0.5 and check all that is promised; what was measured."""
     before = cost(without_data(model), images.to("meta"))
     found = trace(model, images, scope)
-    start = time.perf_counter()
-    result = compress(model, images, "prune", ratio=0.5, scope=scope)
-    seconds = time.perf_counter() - start
+    seconds, result = timed(lambda: compress(model, images, "prune", ratio=0.5, scope=scope))
     after = cost(without_data(result.model), images.to("meta"))
     with torch.no_grad():
         outputs = result.model(images)
@@ -98,6 +99,15 @@ def examine(model: nn.Module, images: Tensor, scope: str, exports: bool = False)
     }
 
 
+def timed(work: Callable[[], T]) -> tuple[float, T]:
+    """The seconds of the faster of two runs, so that neither side pays for imports, and what the second returned."""
+    start = time.perf_counter()
+    work()
+    middle = time.perf_counter()
+    result = work()
+    return min(middle - start, time.perf_counter() - middle), result
+
+
 def close(first: Tensor, second: Tensor, tolerance: float) -> bool:
     """Whether two outputs agree, relative to the largest."""
     return bool((first - second).abs().max() <= tolerance * second.abs().max())
@@ -124,12 +134,16 @@ def torch_pruning(model: nn.Module, images: Tensor) -> dict:
     before = cost(without_data(model), images.to("meta"))
     classes = model(images[:1]).shape[1]
     heads = [m for m in model.modules() if classes in (getattr(m, "out_features", 0), getattr(m, "out_channels", 0))]
-    start = time.perf_counter()
-    pruner = tp.pruner.MagnitudePruner(
-        model, images[:1], importance=tp.importance.MagnitudeImportance(p=2), pruning_ratio=0.5, ignored_layers=heads
-    )
-    pruner.step()
-    seconds = time.perf_counter() - start
+
+    def pruned() -> nn.Module:
+        narrow = copy.deepcopy(model)  # ours leaves the network as it was too
+        ignored = [layer for layer, wide in zip(narrow.modules(), model.modules(), strict=True) if wide in heads]
+        importance = tp.importance.MagnitudeImportance(p=2)
+        pruner = tp.pruner.MagnitudePruner(narrow, images[:1], importance, pruning_ratio=0.5, ignored_layers=ignored)
+        pruner.step()
+        return narrow
+
+    seconds, model = timed(pruned)
     with torch.no_grad():
         assert model(images).shape[1] == classes
     after = cost(without_data(model), images.to("meta"))

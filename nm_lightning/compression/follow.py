@@ -9,8 +9,10 @@ a reason. No architecture is known by name.
 
 import copy
 import operator
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -122,7 +124,15 @@ class Facts:
 class Tracer(fx.Tracer):
     """Keeps subclasses of the known layers whole, whatever their forward does, and remembers the user's lines."""
 
-    record_stack_traces = True
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """A node that knows its line; fx's own `record_stack_traces` does the same, and takes longer than tracing."""
+        node = super().create_node(*args, **kwargs)
+        frame = sys._getframe(1)
+        while frame and ("/torch/" in frame.f_code.co_filename.replace(chr(92), "/") or frame.f_globals is globals()):
+            frame = frame.f_back
+        if frame:
+            node.meta["line"] = f"{Path(frame.f_code.co_filename).name}, line {frame.f_lineno}"
+        return node
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         """Layers are not looked into."""
@@ -144,14 +154,13 @@ class Follower(fx.Interpreter):
     """
 
     def __init__(self, root: nn.Module, facts: Facts, given: dict[str, Tensor] | None = None):
-        graph_module = fx.GraphModule(root, Tracer().trace(root))
-        super().__init__(graph_module)
+        super().__init__(root, graph=Tracer().trace(root))
         self.root = root
         self.facts, self.given = facts, given or {}
         self.origins: dict[fx.Node, Any] = {}
         self.roles: dict[fx.Node, str] = {}
         self.tensor_names: dict[int, str] = {}  # shared tensors go by their first name
-        for source in (graph_module.named_parameters, graph_module.named_buffers):
+        for source in (root.named_parameters, root.named_buffers):
             for name, tensor in source(remove_duplicate=False):
                 self.tensor_names.setdefault(id(tensor), name)
 
@@ -170,8 +179,11 @@ class Follower(fx.Interpreter):
         return value
 
     def call_module(self, target: str, args: tuple, kwargs: dict) -> Any:
-        """A normalisation leaves shapes as they are: without data there is nothing to compute."""
-        if isinstance(self.fetch_attr(target), (*CHANNEL_NORMS, *MIXING_NORMS)) and args and args[0].is_meta:
+        """A normalisation or an activation leaves shapes as they are: without data there is nothing to compute."""
+        layer = self.fetch_attr(target)
+        name = type(layer).__name__.lower()  # fx looks into all modules but torch's
+        keeps_shape = isinstance(layer, (*CHANNEL_NORMS, *MIXING_NORMS)) or name in HOMOGENEOUS | ELEMENTWISE
+        if keeps_shape and args and isinstance(args[0], Tensor) and args[0].is_meta:
             return args[0]
         return super().call_module(target, args, kwargs)
 
@@ -767,12 +779,7 @@ def _in_place(node: fx.Node, layer: nn.Module | None) -> bool:
 
 def where(node: fx.Node) -> str:
     """The line of the user's code that a node comes from, in brackets; empty where it is unknown."""
-    lines = [line.strip() for line in (node.stack_trace or "").splitlines() if line.strip().startswith("File ")]
-    lines = [line for line in lines if "/torch/" not in line.replace(chr(92), "/")]
-    if not lines:
-        return ""
-    file, line, *_ = lines[-1].removeprefix("File ").split(", ")
-    return f" ({file.strip(chr(34)).rpartition('/')[2]}, {line})"
+    return f" ({node.meta['line']})" if "line" in node.meta else ""
 
 
 def _fixed(value: Any) -> Any:

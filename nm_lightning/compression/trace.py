@@ -65,7 +65,7 @@ def trace(model: nn.Module, example_input: Tensor, scope: str = "hidden") -> Tra
         hollow.eval()
     _check_own_forwards(model, facts)
     found = _collect(facts, followers)
-    _try_out(hollow, example, facts, found)
+    _try_out(model, hollow, example, facts, found)
     if scope == "hidden":
         for site in [site for site in found.sites if site.coupled]:
             names = [member.name for member in site.producers]
@@ -202,7 +202,7 @@ def _collect(facts: Facts, followers: list[Follower]) -> Trace:
     carriers = _carriers(followers, component)
     found = Trace([])
     for follower in followers:
-        for node in follower.module.graph.nodes:
+        for node in follower.graph.nodes:
             if node.op == "call_module":
                 layer = follower.fetch_attr(node.target)
                 held = next(layer.parameters(), None) is not None
@@ -296,7 +296,7 @@ def _path(
         if node not in steps and index in carriers[node] and follower.roles.get(node) != "produce":
             steps.add(node)
             pending += node.all_input_nodes
-    ordered = [node for node in follower.module.graph.nodes if node in steps]
+    ordered = [node for node in follower.graph.nodes if node in steps]
     norm = None
     for position, node in enumerate(ordered):
         role = follower.roles[node]
@@ -309,13 +309,12 @@ def _path(
     return norm, ""
 
 
-def _try_out(hollow: nn.Module, example: Tensor, facts: Facts, found: Trace) -> None:
-    """Narrow a copy at all sites and follow it again; sites where it goes wrong move to `skipped`."""
+def _try_out(model: nn.Module, narrow: nn.Module, example: Tensor, facts: Facts, found: Trace) -> None:
+    """Narrow a copy of the model at all sites and follow it again; sites where it goes wrong move to `skipped`."""
     generator = torch.Generator().manual_seed(0)
     same = _components(facts.total + 1, _tied_pairs(facts))
     while found.sites:
         keeps = {site.name: _some(site, generator) for site in found.sites}
-        narrow = copy.deepcopy(hollow)
         apply_plan(narrow, plan_sites(found.sites, keeps))
         stays = torch.ones(facts.total, dtype=torch.bool)
         home = torch.full((facts.total,), -1)
@@ -334,7 +333,7 @@ def _try_out(hollow: nn.Module, example: Tensor, facts: Facts, found: Trace) -> 
                 follower.run(example)
         except Exception as error:  # whatever the user's forward does where its numbers no longer fit
             done = set(follower.origins) if follower else set()
-            nodes = follower.module.graph.nodes if follower else []
+            nodes = follower.graph.nodes if follower else []
             failed = next((node for node in nodes if node not in done), None)
             names = torch.arange(facts.total) if failed is None else _names_behind(follower, failed)
             touched = home[names[names != FIXED]].unique()
@@ -358,6 +357,7 @@ def _try_out(hollow: nn.Module, example: Tensor, facts: Facts, found: Trace) -> 
         for number in sorted(bad, reverse=True):
             site = found.sites.pop(number)
             found.skipped |= {member.name: bad[number] for member in site.producers}
+        narrow = (without_data(model) if example.is_meta else copy.deepcopy(model)).eval()
 
 
 def _names_of(origin: object) -> Tensor:
