@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from nm_lightning.compression.sites import Consumer, Site
 from nm_lightning.errors import InputError
 
-# {"slices": {tensor: [[dimension, groups, positions that stay], ...]}, "attributes": {"layer.attribute": length}}
+# {"slices": {tensor: [[dimension, groups, positions that stay], ...]}, "attributes": {"layer.attribute": length}},
+# and "biases": {layer: length} where a layer got one that it had not
 Plan = dict[str, dict[str, Any]]
 
 
@@ -132,6 +133,9 @@ def apply_plan(model: nn.Module, plan: Plan, folds: Mapping[str, Sequence[Fold]]
     Raises:
         InputError: the network lacks a tensor of the plan, or has it too short.
     """
+    for name, length in plan.get("biases", {}).items():
+        layer = model.get_submodule(name)
+        layer.bias = nn.Parameter(layer.weight.new_zeros(length), requires_grad=layer.weight.requires_grad)
     homes: dict[int, list[tuple[dict, str]]] = defaultdict(list)  # where each tensor hangs, the shared ones too
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
@@ -171,8 +175,8 @@ def compose(first: Plan, second: Plan) -> Plan:
     slices = {name: list(steps) for name, steps in first.get("slices", {}).items()}
     for name, steps in second.get("slices", {}).items():
         slices[name] = slices.get(name, []) + steps
-    attributes = first.get("attributes", {}) | second.get("attributes", {})
-    return {"slices": slices, "attributes": attributes} if slices or attributes else {}
+    merged = {part: first.get(part, {}) | second.get(part, {}) for part in ("attributes", "biases")}
+    return {part: entries for part, entries in {"slices": slices, **merged}.items() if entries}
 
 
 def prefixed(plan: Plan, prefix: str) -> Plan:

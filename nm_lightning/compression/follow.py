@@ -73,6 +73,7 @@ class Access:
         names: `(positions,)`, the neuron at each position.
         node: where it was first seen.
         groups: of a grouped convolution; its columns' dimension is as long as one group.
+        axis: the neurons' dimension in the activations that the layer reads.
     """
 
     layer: str
@@ -82,6 +83,7 @@ class Access:
     names: Tensor
     node: fx.Node
     groups: int = 1
+    axis: int = 1
 
 
 @dataclass
@@ -483,7 +485,7 @@ class Follower(fx.Interpreter):
         """A layer with parameters for each channel along `dim`; each becomes `repeats` channels."""
         names = self._settle(source, dim).repeat_interleave(repeats)
         if slots or counts:
-            self._see(Access(name, "channels", slots, counts, names, node))
+            self._see(Access(name, "channels", slots, counts, names, node, axis=dim))
         return lay_along(names, dim, value.ndim).expand_as(value)
 
     def _see(self, access: Access) -> None:

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize, prune
@@ -30,6 +31,14 @@ def plain_copy(model: nn.Module) -> tuple[nn.Module, list[str]]:
         narrow = copy.deepcopy(model)
         return narrow, _make_plain(narrow)
     return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}), []
+
+
+def evaluated(model: nn.Module) -> nn.Module:
+    """A copy in evaluation mode, in at least float32; it shares the model's tensors where their dtype allows."""
+    tensors = (*model.parameters(), *model.buffers())
+    if any(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in tensors):
+        return copy.deepcopy(model).float().eval()
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors}).eval()
 
 
 def own_tensors(narrow: nn.Module, shared: Mapping[str, Tensor]) -> None:

@@ -19,6 +19,7 @@ class SiteReport:
         merged: removed neurons that were folded into a kept one.
         negative: negative scaling entries, which a ReLU does not pass (the published formulation has some).
         note: why the method fell back, if it did.
+        error: share of the consumers' output energy that reconstruction could not restore; None elsewhere.
     """
 
     name: str
@@ -28,6 +29,7 @@ class SiteReport:
     merged: int = 0
     negative: int = 0
     note: str = ""
+    error: float | None = None
 
 
 @dataclass

@@ -16,6 +16,7 @@ class Member:
         counts: the layer's attributes that tell the axis' length, each with the divisor of that length.
         owner: `(n,)`, for each position along the axis the site's neuron that owns it, -1 where none does.
         groups: of a grouped convolution; its columns' dimension is as long as one group.
+        axis: the neurons' dimension in the activations that the layer reads.
     """
 
     name: str
@@ -23,6 +24,7 @@ class Member:
     counts: dict[str, int]
     owner: Tensor
     groups: int = 1
+    axis: int = 1
 
     def even(self, neurons: int) -> bool:
         """Whether each of so many neurons owns equally many positions."""
@@ -43,10 +45,12 @@ class Consumer(Member):
     Attributes:
         norm: the BatchNorm between the producer and this layer, if there is one.
         obstacle: why a scaled neuron would not arrive here scaled; empty where it does.
+        node: the name of its node in the network's graph.
     """
 
     norm: str | None = None
     obstacle: str = ""
+    node: str = ""
 
 
 @dataclass

@@ -233,7 +233,8 @@ def _collect(facts: Facts, followers: list[Follower]) -> Trace:
             continue
 
         def member(access: Access, owner=owner) -> dict:
-            return {"name": access.layer, "slots": access.slots, "counts": access.counts, "owner": owner(access)}
+            own = {"name": access.layer, "slots": access.slots, "counts": access.counts}
+            return own | {"owner": owner(access), "groups": access.groups, "axis": access.axis}
 
         paths = [_path(followers, carriers, access, index) for access in members[index]["columns"]]
         parameters = [access for access in members[index]["rows"] if access.slots[0][0] in facts.parameters]
@@ -244,7 +245,7 @@ def _collect(facts: Facts, followers: list[Follower]) -> Trace:
                 producers=[Member(**member(access)) for access in rows],
                 passed=[Member(**member(access)) for access in members[index]["channels"] + parameters],
                 consumers=[
-                    Consumer(**member(access), groups=access.groups, norm=norm, obstacle=obstacle)
+                    Consumer(**member(access), norm=norm, obstacle=obstacle, node=access.node.name)
                     for access, (norm, obstacle) in zip(members[index]["columns"], paths, strict=True)
                 ],
                 cells=cells,

@@ -1,0 +1,121 @@
+"""Unlabelled images for the methods that look at activations: the user's own, or drawn by a program."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nm_lightning.compression.follow import BATCH_NORMS
+from nm_lightning.errors import InputError
+
+SYNTHETIC = "synthetic"
+BATCH_BYTES = 3 << 19  # of one batch of images: 128 of CIFAR's
+
+
+def batches_of(calibration: Tensor | Iterable | str, example: Tensor, size: int = 1024, seed: int = 0) -> list[Tensor]:
+    """The calibration images in batches as the network reads them.
+
+    Args:
+        calibration: images `(N, ...)`; batches of them, alone or first in a tuple, as a DataLoader gives them; or
+            `synthetic` for `dead_leaves`.
+        example: a batch that the network accepts; its shape, dtype and device are the images'.
+        size: how many images at most.
+        seed: of the synthetic images.
+
+    Raises:
+        InputError: no images, or images of another shape.
+    """
+    if isinstance(calibration, str):
+        if calibration != SYNTHETIC:
+            raise InputError(f"calibration {calibration!r}: give a tensor, a DataLoader or {SYNTHETIC!r}")
+        if example.ndim != 4 or not example.is_floating_point():
+            raise InputError(f"synthetic images are (N, C, H, W), the network reads {tuple(example.shape)}")
+        images = dead_leaves(size, tuple(example.shape[1:]), seed) * 4 - 2  # about a normalised image's range
+    elif isinstance(calibration, Tensor):
+        images = calibration[:size]
+    else:
+        parts, count = [], 0
+        for batch in calibration:
+            parts.append(batch[0] if isinstance(batch, (tuple, list)) else batch)
+            count += len(parts[-1])
+            if count >= size:
+                break
+        images = torch.cat(parts)[:size] if parts else example[:0]
+    if not len(images):
+        raise InputError("calibration has no images")
+    if images.shape[1:] != example.shape[1:]:
+        raise InputError(
+            f"calibration images are {tuple(images.shape[1:])}, the network reads {tuple(example.shape[1:])}"
+        )
+    if not bool(images.isfinite().all()):
+        raise InputError("calibration images hold values that are not finite")
+    each = images[0].numel() * images.element_size()
+    images = images.to(example.device, example.dtype)
+    return list(images.split(max(1, min(128, BATCH_BYTES // each))))
+
+
+def dead_leaves(count: int, shape: tuple[int, int, int], seed: int = 0, leaves: int = 40) -> Tensor:
+    """Images that a program draws: overlapping discs and rectangles ("dead leaves", Lee et al., IJCV 2001).
+
+    Their sizes are log-uniform, their colours flat with a slight gradient; edges, occlusion and the range of scales
+    are those of photographs, which is all that least squares needs to find a network's redundancy.
+
+    Args:
+        count: number of images.
+        shape: `(channels, height, width)`.
+        seed: the same images for the same seed.
+        leaves: shapes on each image.
+
+    Returns:
+        `(count, channels, height, width)`, float32 in [0, 1].
+
+    >>> dead_leaves(2, (3, 8, 8)).shape
+    torch.Size([2, 3, 8, 8])
+    """
+    channels, height, width = shape
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(*size: int, low: float = 0.0, high: float = 1.0) -> Tensor:
+        return low + (high - low) * torch.rand(*size, generator=generator)
+
+    def colours() -> Tensor:
+        grey, tint = uniform(count, 1), uniform(count, channels)
+        return 0.65 * grey + 0.35 * tint  # a photograph's channels are correlated
+
+    rows, columns = torch.arange(height).view(1, -1, 1), torch.arange(width).view(1, 1, -1)
+    images = colours()[:, :, None, None].expand(count, *shape).clone()
+    small, large = 1.5, 0.45 * max(height, width)
+    for _ in range(leaves):
+        y, x = uniform(count, 1, 1) * height, uniform(count, 1, 1) * width
+        half = small * (large / small) ** uniform(count, 1, 1)
+        aspect = 2.0 ** uniform(count, 1, 1, low=-1, high=1)
+        angle = uniform(count, 1, 1, high=torch.pi)
+        along = ((columns - x) * angle.cos() + (rows - y) * angle.sin()) / (half * aspect)
+        across = ((rows - y) * angle.cos() - (columns - x) * angle.sin()) / (half / aspect)
+        round_ = uniform(count, 1, 1) < 0.5
+        inside = torch.where(round_, along.square() + across.square() < 1, (along.abs() < 1) & (across.abs() < 1))
+        slope = uniform(count, channels, 1, 1, low=-0.15, high=0.15)
+        leaf = colours()[:, :, None, None] + slope * along.clamp(-1, 1)[:, None]
+        images = torch.where(inside[:, None], leaf, images)
+    kernel = torch.tensor([1.0, 6.0, 1.0]) / 8  # a slight blur
+    kernel = (kernel[:, None] * kernel).expand(channels, 1, 3, 3)
+    images = F.conv2d(F.pad(images, [1] * 4, mode="replicate"), kernel, groups=channels)
+    noise = torch.randn(images.shape, generator=generator) * 0.02
+    return (images + noise).clamp(0, 1)
+
+
+@torch.no_grad()
+def recalibrate_norms(model: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Estimate the running statistics of all BatchNorms anew on images, in place."""
+    norms = [module for module in model.modules() if isinstance(module, BATCH_NORMS) and module.track_running_stats]
+    settings = [(norm, norm.training, norm.momentum) for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.train()
+        norm.momentum = None  # the mean over all batches
+    for batch in batches:
+        if len(batch) > 1:
+            model(batch)
+    for norm, training, momentum in settings:
+        norm.training, norm.momentum = training, momentum

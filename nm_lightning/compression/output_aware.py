@@ -1,0 +1,174 @@
+"""The criterion `output`: which neurons the next layers can do without, once they are solved for the others.
+
+Backward elimination on the statistics of what each consumer reads: starting from all neurons, drop the one whose
+columns cost least, `tr(W_j^T [(G^-1)_jj]^-1 W_j)` with `W` the present least-squares solution, and update `G^-1` and
+`W` by the Schur complement. Outputs are weighted by the Fisher information of the network's own predictions, so that
+a cost is in nats, and sites can be compared. Sites are taken backwards: outputs that go do not count.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from nm_lightning.compression.follow import CONVOLUTIONS
+from nm_lightning.compression.reconstruct import factorise, read_patches
+from nm_lightning.compression.select import keep_of
+from nm_lightning.compression.sites import Consumer, Site
+
+WIDE = 1200  # columns, with all taps, above which a convolution's taps are taken to be alike
+
+
+class Watch:
+    """Sums over the images at one consumer: its inputs' Gram matrix and its outputs' Fisher information.
+
+    Args:
+        layer: the consumer.
+    """
+
+    def __init__(self, layer: nn.Module):
+        self.layer = layer
+        self.groups = getattr(layer, "groups", 1)
+        self.columns = layer.weight.shape[1] * self.groups
+        self.taps = layer.weight[0, 0].numel()
+        self.alike = self.taps > 1 and self.columns * self.taps > WIDE
+        self.gram: Tensor | float = 0.0
+        self.fisher: Tensor | float = 0.0
+        self.images = 0
+        self.handles = [layer.register_forward_pre_hook(self.read), layer.register_forward_hook(self.write)]
+
+    def read(self, layer: nn.Module, args: tuple) -> None:
+        """Add what the layer reads."""
+        with torch.no_grad():
+            if self.alike:
+                patches = args[0].movedim(1, -1).flatten(0, -2)
+                patches = torch.cat([patches, patches.new_ones(len(patches), 1)], dim=1)
+            else:
+                every = torch.ones(self.columns, dtype=torch.bool)
+                (patches,) = read_patches(layer, args[0], every)
+            self.gram = self.gram + (patches.T @ patches).double()
+            self.images += len(args[0])
+
+    def write(self, layer: nn.Module, args: tuple, output: Tensor) -> None:
+        """Add the squared gradient at the output when it comes."""
+        dim = 1 if isinstance(layer, CONVOLUTIONS) else output.ndim - 1
+        others = [other for other in range(output.ndim) if other != dim]
+
+        def add(gradient: Tensor) -> None:
+            self.fisher = self.fisher + gradient.double().square().sum(others)
+
+        output.register_hook(add)
+
+    def problem(self, consumer: Consumer, counts: Tensor, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
+        """The inverse of the Gram matrix, the weight, and each neuron's rows in both; outputs `(out,)` that count."""
+        positions = max(1, int(self.gram[-1, -1]) // max(1, self.images))
+        scale = (self.fisher / (self.images * positions)).sqrt().to(self.gram) * counts.to(self.gram)
+        weight = self.layer.weight.detach().to(self.gram)
+        weight = (
+            (weight * scale.view(-1, *[1] * (weight.ndim - 1))).flatten(2)
+            if weight.ndim > 2
+            else (weight * scale[:, None])[:, :, None]
+        )
+        rows = consumer.positions().to(weight.device)
+        if self.alike:
+            weight = weight.transpose(0, 1).flatten(1)
+        else:
+            weight = weight.permute(2, 1, 0).flatten(0, 1)
+            rows = (rows[:, None, :] + self.columns * torch.arange(self.taps, device=rows.device)[:, None]).flatten(1)
+        weight = torch.cat([weight, weight.new_zeros(1, weight.shape[1])])
+        penalty = (ridge * self.gram.diagonal()[:-1].mean()).expand(len(weight)).clone()
+        penalty[-1] = 0
+        (inverse,) = torch.cholesky_inverse(factorise(self.gram[None], penalty))
+        return inverse / self.images, weight, rows
+
+
+def eliminate(problems: Sequence[tuple[Tensor, Tensor, Tensor]], width: int, cells: Tensor) -> tuple[Tensor, Tensor]:
+    """The order in which neurons go.
+
+    Args:
+        problems: for each consumer the inverse Gram matrix `(p, p)` per image, the weight `(p, out)`, and the rows
+            `(n, s)` of each neuron. They are changed in place.
+        width: how many stay.
+        cells: `(n,)`; equally many stay in each.
+
+    Returns:
+        The step `(n,)` at which each neuron goes, `n` for those that stay, and the cost of each step.
+    """
+    count, quota = len(cells), width // (int(cells.max()) + 1)
+    gone_at, costs = torch.full((count,), count), []
+    left = torch.bincount(cells)
+    for step in range(count - width):
+        cost, solved = 0.0, []
+        gone = gone_at < count
+        for inverse, weight, rows in problems:
+            blocks = inverse[rows[:, :, None], rows[:, None, :]]
+            blocks[gone] = torch.eye(blocks.shape[1], dtype=blocks.dtype, device=blocks.device)
+            own = weight[rows]
+            solution = torch.linalg.solve(blocks, own)
+            cost = cost + (own * solution).sum(dim=(1, 2))
+            solved.append((blocks, solution))
+        cost = cost.cpu().masked_fill(gone | (left[cells] <= quota), torch.inf)
+        neuron = int(cost.argmin())
+        costs.append(cost[neuron])
+        gone_at[neuron] = step
+        left[cells[neuron]] -= 1
+        for (inverse, weight, rows), (blocks, solution) in zip(problems, solved, strict=True):
+            columns = inverse[:, rows[neuron]]
+            weight -= columns @ solution[neuron]
+            inverse -= columns @ torch.linalg.solve(blocks[neuron], columns.T)
+    return gone_at, torch.stack(costs) if costs else torch.zeros(0)
+
+
+def choose_by_output(
+    model: nn.Module,
+    sites: Sequence[Site],
+    counts: Mapping[str, int],
+    batches: Sequence[Tensor],
+    ridge: float = 1e-3,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """The survivors `(k,)` of each site whose consumers can be solved; other sites are left out.
+
+    Args:
+        model: the network; its weights are only read.
+        sites: the sites.
+        counts: by site, how many stay.
+        batches: images as the network reads them.
+        ridge: as a share of the Gram matrix' mean diagonal.
+        seed: of the labels that are drawn from the network's own predictions.
+    """
+    layers = dict(model.named_modules())
+    fit = [site for site in sites if all(_fits(site, consumer, layers) for consumer in site.consumers)]
+    watches = {consumer.name: Watch(layers[consumer.name]) for site in fit for consumer in site.consumers}
+    wanting = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in wanting:
+        parameter.requires_grad_(False)
+    device = batches[0].device
+    with torch.enable_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        for batch in batches:
+            logits = model(batch.clone().requires_grad_()).float()
+            drawn = torch.distributions.Categorical(logits=logits.detach()).sample()
+            nn.functional.cross_entropy(logits.flatten(0, -2), drawn.flatten(), reduction="sum").backward()
+    for parameter in wanting:
+        parameter.requires_grad_(True)
+    for watch in watches.values():
+        for handle in watch.handles:
+            handle.remove()
+
+    keeps, counting = {}, {name: torch.ones(len(layers[name].weight)) for name in watches}
+    for site in reversed(fit):
+        problems = [
+            watches[consumer.name].problem(consumer, counting[consumer.name], ridge) for consumer in site.consumers
+        ]
+        gone_at, _ = eliminate(problems, counts[site.name], site.cells)
+        keeps[site.name] = keep_of(site, gone_at.double(), counts[site.name])
+        for member in site.producers:
+            if member.name in counting:
+                counting[member.name] *= torch.isin(member.owner, keeps[site.name]) | (member.owner < 0)
+    return keeps
+
+
+def _fits(site: Site, consumer: Consumer, layers: Mapping[str, nn.Module]) -> bool:
+    layer = layers.get(consumer.name)
+    return isinstance(layer, (nn.Linear, *CONVOLUTIONS)) and consumer.groups == 1 and consumer.even(site.width)
