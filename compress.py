@@ -1,4 +1,4 @@
-"""Make a trained network smaller without retraining: prune or merge its neurons, measure, and save the result.
+"""Make a trained network smaller without retraining: prune, merge or reconstruct its neurons, measure, and save.
 
 python compress.py --method merge --ratio 0.5
 """
@@ -17,8 +17,8 @@ from nm_lightning.cli.sources import RUNS, open_source
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The flags; `None` where the network's preset decides."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--method", nargs="+", default=["merge"], help="prune, merge; one or several")
-    parser.add_argument("--criterion", nargs="+", default=["l2-norm"], help="l1-norm, l2-norm, l2-GM; one or several")
+    parser.add_argument("--method", nargs="+", default=["merge"], help="prune, merge, reconstruct; one or several")
+    parser.add_argument("--criterion", nargs="+", default=["l2-norm"], help="l1-norm, l2-norm, l2-GM, output")
     parser.add_argument("--ratio", nargs="+", type=float, help="share of neurons to remove, one or several (0.5)")
     parser.add_argument("--widths", nargs="+", help="survivors: an integer for each site in order, or site=width")
     parser.add_argument("--sites", nargs="+", help="glob patterns of layer names (all hidden layers)")
@@ -29,6 +29,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--formulation", default="published", help="published, textbook or consistent")
     parser.add_argument("--implementation", default="fast", help="fast, or reference for the paper's loops")
+    parser.add_argument(
+        "--calibration",
+        default="data",
+        help="unlabelled images: data (training images), synthetic, or a folder",
+    )
+    parser.add_argument("--calibration_size", type=int, default=1024, help="how many, drawn by seed; no labels (1024)")
+    parser.add_argument("--ridge", type=float, default=1e-3, help="of reconstruct's least squares (0.001)")
+    parser.add_argument(
+        "--recalibrate_norm", action="store_true", help="estimate BatchNorm statistics anew on the calibration images"
+    )
     parser.add_argument("--checkpoint", help="Lightning checkpoint or state dict (the newest best.ckpt under runs/)")
     parser.add_argument("--model", help="network, where the checkpoint does not say, such as resnet56")
     parser.add_argument("--data", help="digits, fashion_mnist, cifar10, cifar100, imagenet or folder, likewise")
@@ -77,6 +87,11 @@ def main(arguments: list[str] | None = None) -> None:
             lamda=args.lamda,
             formulation=args.formulation,
             implementation=args.implementation,
+            calibration=args.calibration,
+            calibration_size=args.calibration_size,
+            ridge=args.ridge,
+            recalibrate_norm=args.recalibrate_norm,
+            seed=args.seed,
         )
         source = open_source(args.checkpoint, args.model, args.data, args.data_dir, args.weights, args.seed)
         label = source.module.hparams.name.replace("/", "_")

@@ -16,6 +16,7 @@ from nm_lightning.compression.checkpoint import load_weights, read, write
 from nm_lightning.compression.fold import compose
 from nm_lightning.compression.pipeline import Options
 from nm_lightning.compression.select import check_ratio
+from nm_lightning.data import ImageData
 from nm_lightning.errors import InputError
 from nm_lightning.modules import evaluate
 
@@ -30,8 +31,8 @@ class NeuronMergeCallback(Callback):
         trainer = Trainer(callbacks=[NeuronMergeCallback(method="merge", ratio=0.5)])
 
     Args:
-        method: `merge` or `prune`.
-        criterion: which neurons stay: `l1-norm`, `l2-norm` or `l2-GM`.
+        method: `merge`, `prune` or `reconstruct`.
+        criterion: which neurons stay: `l1-norm`, `l2-norm`, `l2-GM` or `output`.
         ratio: share of each site's neurons to remove, in [0, 1).
         widths: the survivors instead: one integer for each site in order, or a mapping from site to integer.
         sites: glob patterns of layer names inside the LightningModule, such as `model.layer1.*`; None for all.
@@ -39,6 +40,11 @@ class NeuronMergeCallback(Callback):
         lamda: weight of the cosine distance against the bias distance, where a BatchNorm follows.
         scope: `hidden`, or `all` for residual streams too.
         formulation: `published`, `textbook` or `consistent`.
+        calibration: where `reconstruct` and `output` look for unlabelled images: `data` for training images,
+            `synthetic` for images that a program draws, or a tensor as the network reads it.
+        calibration_size: how many images.
+        ridge: of the least squares of `reconstruct`.
+        recalibrate_norm: estimate BatchNorm statistics anew on the calibration images.
         replace: leave the compressed network in the Trainer's module instead of the original.
         filename: of the checkpoint, beside the best one.
 
@@ -60,10 +66,14 @@ class NeuronMergeCallback(Callback):
         lamda: float = 0.85,
         formulation: str = "published",
         scope: str = "hidden",
+        calibration: str | Tensor = "data",
+        calibration_size: int = 1024,
+        ridge: float = 1e-3,
+        recalibrate_norm: bool = False,
         replace: bool = False,
         filename: str = "compressed.ckpt",
     ):
-        Options(method, criterion, threshold, lamda, formulation)
+        options = Options(method, criterion, threshold, lamda, formulation, ridge=ridge)
         check_ratio(ratio)
         self.settings: dict[str, Any] = {
             "method": method,
@@ -75,7 +85,11 @@ class NeuronMergeCallback(Callback):
             "lamda": lamda,
             "formulation": formulation,
             "scope": scope,
+            "ridge": ridge,
+            "recalibrate_norm": recalibrate_norm,
+            "calibration_size": calibration_size,
         }
+        self.calibration = calibration if options.looks or recalibrate_norm else None
         self.replace, self.filename = replace, filename
         self.result: CompressionResult | None = None
 
@@ -90,7 +104,10 @@ class NeuronMergeCallback(Callback):
 
         data, loader = trainer.datamodule, _test_loader(trainer)
         example, labelled = _example(original, data, loader, device)
-        self.result = compress(original, example, **self.settings)
+        calibration = self.calibration
+        if isinstance(calibration, str) and calibration == "data":
+            calibration = _unlabelled(original, trainer, device, self.settings["calibration_size"])
+        self.result = compress(original, example, calibration=calibration, **self.settings)
         metrics: dict[str, float] = {}
         for when, module in (("before", original), ("after", self.result.model)):
             if labelled:
@@ -123,6 +140,25 @@ class NeuronMergeCallback(Callback):
             for name, child in narrow.named_children():
                 setattr(pl_module, name, child)
             pl_module.compression_plan = plan
+
+
+def _unlabelled(module: LightningModule, trainer: Trainer, device: torch.device, size: int) -> Tensor:
+    """Training images as the network reads them: our data modules' without augmentation, others' as they load."""
+    data = trainer.datamodule
+    if isinstance(data, ImageData):
+        return data.calibration_images("data", size).to(device)
+    batches, count = [], 0
+    for batch in trainer.train_dataloader:
+        inputs = batch[0] if isinstance(batch, (list, tuple)) else batch
+        if not isinstance(inputs, Tensor):
+            raise InputError("NeuronMergeCallback: batches hold no tensor of inputs; give calibration a tensor")
+        batches.append(inputs.to(device))
+        if data is not None and isinstance(batch, (list, tuple)) and len(batch) == 2:
+            batches[-1], _ = data.on_after_batch_transfer((batches[-1], batch[1].to(device)), 0)
+        count += len(inputs)
+        if count >= size:
+            break
+    return torch.cat(batches)[:size].to(module.dtype)
 
 
 def _test_loader(trainer: Trainer) -> Any:

@@ -20,7 +20,7 @@ from nm_lightning.compression import CompressionResult, compress, cost, trace
 from nm_lightning.compression.checkpoint import write
 from nm_lightning.compression.export import FORMATS, check_format, export
 from nm_lightning.compression.fold import compose, prefixed
-from nm_lightning.compression.pipeline import Options
+from nm_lightning.compression.pipeline import OUTPUT, Options
 from nm_lightning.compression.select import budget, check_ratio, choose
 from nm_lightning.errors import InputError
 from nm_lightning.modules import evaluate
@@ -42,6 +42,16 @@ class Grid:
     lamda: float | None = None
     formulation: str = "published"
     implementation: str = "fast"
+    calibration: str = "data"
+    calibration_size: int = 1024
+    ridge: float = 1e-3
+    recalibrate_norm: bool = False
+    seed: int = 0
+
+    @property
+    def looks(self) -> bool:
+        """Whether some cell needs calibration images."""
+        return self.recalibrate_norm or "reconstruct" in self.methods or OUTPUT in self.criteria
 
 
 def run_grid(source: Source, grid: Grid, output: Path, device: str = "cpu") -> list[Result]:
@@ -75,10 +85,14 @@ def run_grid(source: Source, grid: Grid, output: Path, device: str = "cpu") -> l
     for name_of_format in grid.exports:
         check_format(name_of_format)
     for method, criterion in itertools.product(grid.methods, grid.criteria):
-        Options(method, criterion, threshold, lamda, grid.formulation, grid.implementation)
+        Options(method, criterion, threshold, lamda, grid.formulation, grid.implementation, grid.ridge)
     for ratio in ratios:
         check_ratio(ratio or 0)
         budget(sites, ratio or 0, widths, defaults.rounding)
+
+    calibration = None
+    if grid.looks:
+        calibration = data.calibration_images(grid.calibration, grid.calibration_size, grid.seed)
 
     with _appearing(output) as folder:
         console.print(f"{name} on {data_name}, from {source.origin}", soft_wrap=True)
@@ -86,6 +100,8 @@ def run_grid(source: Source, grid: Grid, output: Path, device: str = "cpu") -> l
         console.print(f"sites {listed}; threshold {threshold:g}, lamda {lamda:g}, {grid.formulation}", soft_wrap=True)
         if source.origin == "random weights":
             console.print("note: random weights: give --checkpoint PATH or --weights DEFAULT", soft_wrap=True)
+        if calibration is not None:
+            console.print(f"calibration: {len(calibration)} images, {grid.calibration}, no labels", soft_wrap=True)
         before = cost(network, example)
         loader = data.test_dataloader()
         baseline = Baseline(evaluate(network, loader, data, device, "original"), before.parameters, before.macs)
@@ -106,6 +122,11 @@ def run_grid(source: Source, grid: Grid, output: Path, device: str = "cpu") -> l
                 formulation=grid.formulation,
                 implementation=grid.implementation,
                 rounding=defaults.rounding,
+                calibration=calibration,
+                calibration_size=grid.calibration_size,
+                ridge=grid.ridge,
+                recalibrate_norm=grid.recalibrate_norm,
+                seed=grid.seed,
             )
             seconds = time.perf_counter() - start
             label = "widths" if ratio is None else f"{ratio:g}"
@@ -134,6 +155,9 @@ def run_grid(source: Source, grid: Grid, output: Path, device: str = "cpu") -> l
         skipped = compressed.report.skipped
         about = {"title": f"{name} on {data_name}", "model": name, "data": data_name, "origin": source.origin}
         about |= {"threshold": threshold, "lamda": lamda, "formulation": grid.formulation}
+        if calibration is not None:
+            about |= {"calibration": grid.calibration, "calibration_size": len(calibration), "ridge": grid.ridge}
+            about |= {"recalibrate_norm": grid.recalibrate_norm, "seed": grid.seed}
         about |= {"implementation": grid.implementation, "torch": torch.__version__, "left_alone": skipped}
         write_files(folder, about, baseline, results)
 

@@ -19,7 +19,7 @@ def batches_of(calibration: Tensor | Iterable | str, example: Tensor, size: int 
     Args:
         calibration: images `(N, ...)`; batches of them, alone or first in a tuple, as a DataLoader gives them; or
             `synthetic` for `dead_leaves`.
-        example: a batch that the network accepts; its shape, dtype and device are the images'.
+        example: a batch that the network accepts; its shape and device are the images', its dtype in at least float32.
         size: how many images at most.
         seed: of the synthetic images.
 
@@ -51,7 +51,8 @@ def batches_of(calibration: Tensor | Iterable | str, example: Tensor, size: int 
     if not bool(images.isfinite().all()):
         raise InputError("calibration images hold values that are not finite")
     each = images[0].numel() * images.element_size()
-    images = images.to(example.device, example.dtype)
+    low = example.dtype in (torch.float16, torch.bfloat16)
+    images = images.to(example.device, torch.float32 if low else example.dtype)
     return list(images.split(max(1, min(128, BATCH_BYTES // each))))
 
 

@@ -200,7 +200,7 @@ def compress(
         apply_plan(narrow, plan, folds)
         own_tensors(narrow, originals)
     if recalibrate_norm:
-        recalibrate_norms(narrow, batches)
+        recalibrate_norms(narrow, (images.to(example_input.dtype) for images in batches))
     return CompressionResult(narrow, report, plan, keeps)
 
 

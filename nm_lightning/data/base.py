@@ -1,6 +1,7 @@
 """What all image data modules share: loaders of uint8 batches, normalised on the device."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,6 +9,8 @@ from pytorch_lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from nm_lightning.compression.calibration import SYNTHETIC, dead_leaves
+from nm_lightning.data.unlabelled import sample_folder
 from nm_lightning.errors import InputError
 
 
@@ -25,6 +28,8 @@ class ImageData(LightningDataModule):
         mean: of each channel, pixels from 0 to 1.
         std: of each channel.
         splits: data sets by name: `train`, `val` and `test`.
+        whole_image: what makes a uint8 image, never augmented, of a file.
+        unlabelled: `(size, seed)` to training images in uint8, never augmented.
     """
 
     num_classes: int
@@ -33,6 +38,8 @@ class ImageData(LightningDataModule):
     std: Sequence[float]
     num_workers: int = 0
     collate: Any = None
+    whole_image: Callable
+    unlabelled: Callable[[int, int], Tensor]
 
     def __init__(self, settings: dict[str, Any]):
         super().__init__()
@@ -76,6 +83,27 @@ class ImageData(LightningDataModule):
         images = self.normalise(images)
         module = getattr(self.trainer, "lightning_module", None)
         return images if module is None else images.to(module.dtype), labels
+
+    def calibration_images(self, source: str = "data", size: int = 1024, seed: int = 0) -> Tensor:
+        """Images without labels as the network reads them, `(N, C, H, W)`.
+
+        Args:
+            source: `data` for training images, `synthetic` for images that a program draws, or a folder of images.
+            size: how many, at most.
+            seed: which.
+
+        Raises:
+            InputError: there are none.
+        """
+        if size < 1:
+            raise InputError(f"calibration_size {size}: give at least 1")
+        if source == SYNTHETIC:
+            images = dead_leaves(size, self.input_shape, seed).mul(255).round().byte()
+        elif source == "data":
+            images = self.unlabelled(size, seed)
+        else:
+            images = sample_folder(Path(source), size, seed, self.whole_image)
+        return self.normalise(images)
 
     def normalise(self, images: Tensor) -> Tensor:
         """Map uint8 `(N, C, H, W)` to float32 as torchvision's `ToTensor` and `Normalize` do."""

@@ -5,33 +5,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+import torch
+from torch import Tensor
 from torch.utils.data import Subset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import v2 as T
 
 from nm_lightning.data.base import ImageData, seeded_split
+from nm_lightning.data.unlabelled import open_image, sample_folder
 from nm_lightning.errors import InputError
 from nm_lightning.models.torchvision_zoo import transforms
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 RESIZE = 256 / 224  # the shorter side before cropping, in crops
 SPLITS = ("train", "val", "test")
-
-
-def open_image(path: str) -> Image.Image:
-    """Decode a file as RGB.
-
-    Raises:
-        InputError: it is no image.
-    """
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{path} can't be read as an image ({reason}): replace or remove it") from error
 
 
 class ClassFolders(ImageFolder):
@@ -101,6 +89,23 @@ class ImageFolders(ImageData):
             if has and split is None:
                 raise InputError(f"no test images in {self.root}: it needs val/<class>/<image>")
             self.splits["test"] = self._part(split, "test")
+
+    @property
+    def whole_image(self) -> Callable:
+        """What makes a test image of a file."""
+        return T.Compose([*self.transforms["val"], T.PILToTensor()])
+
+    def unlabelled(self, size: int, seed: int) -> Tensor:
+        """Training images in their test crops, or those of a folder `calibration` where there is no `train`."""
+        has = _subfolders(self.root)
+        place = next((split for split in ("train", "calibration") if split in has), None)
+        if place is not None:
+            return sample_folder(self.root / place, size, seed, self.whole_image)
+        if "val" in has:
+            raise InputError(f"no calibration images in {self.root}: it needs train/ or calibration/, or --calibration")
+        images = self._part(None, "val")
+        drawn = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:size].tolist()
+        return torch.stack([images[index][0] for index in drawn])
 
     def _part(self, split: str | None, purpose: str) -> Any:
         """The images of a split's folder; without such folders a fifth of all, always the same, is the test set."""

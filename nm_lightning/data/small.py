@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
+from torchvision.transforms import v2 as T
 
 from nm_lightning.data import readers
 from nm_lightning.data.base import ImageData, seeded_split
@@ -91,6 +92,18 @@ class SmallImages(ImageData):
             self.splits["val"] = TensorImages(images[val], labels[val])
         if stage == "test" and "test" not in self.splits:
             self.splits["test"] = TensorImages(*self.source.read(name, data_dir, "test"))
+
+    @property
+    def whole_image(self) -> Callable:
+        """What makes an image of this set's size of a file."""
+        channels, *size = self.source.shape
+        return T.Compose([T.Grayscale(channels), T.Resize(size), T.CenterCrop(size), T.PILToTensor()][channels > 1 :])
+
+    def unlabelled(self, size: int, seed: int) -> Tensor:
+        """Training images without augmentation."""
+        self.setup("fit")
+        images = self.splits["train"].images
+        return images[torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:size]]
 
     @staticmethod
     def collate(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -53,7 +53,7 @@ class Baseline:
 
 def print_table(console: Console, baseline: Baseline, results: list[Result]) -> None:
     """Accuracy before and after, size and cost of every result."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
     for column in ("method", "criterion", "ratio"):
         table.add_column(column, no_wrap=True)
     for column in ("before %", "after %", "parameters", "MACs", "seconds"):
@@ -106,7 +106,7 @@ def plot(path: Path, title: str, baseline: Baseline, results: list[Result]) -> N
         share = result.removed if result.ratio is None else result.ratio
         lines[result.method, result.criterion].append((share, 100 * result.accuracy))
     styles = dict(zip(dict.fromkeys(result.criterion for result in results), ("-", "--", ":", "-."), strict=False))
-    colours = {"prune": "C3", "merge": "C0"}
+    colours = {"prune": "C3", "merge": "C0", "reconstruct": "C2"}
     figure, axes = plt.subplots(figsize=(7, 4.5), dpi=150, layout="constrained")
     axes.axhline(100 * baseline.accuracy, color="0.5", linewidth=1, label=f"original ({100 * baseline.accuracy:.2f})")
     for (method, criterion), points in lines.items():

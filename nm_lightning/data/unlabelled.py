@@ -1,0 +1,50 @@
+"""Images without labels, for the methods that look at activations."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from PIL import Image
+from rich import get_console
+from rich.progress import track
+from torch import Tensor
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from nm_lightning.errors import InputError
+
+
+def open_image(path: str) -> Image.Image:
+    """Decode a file as RGB.
+
+    Raises:
+        InputError: it is no image.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path} can't be read as an image ({reason}): replace or remove it") from error
+
+
+def sample_folder(folder: Path, size: int, seed: int, transform: Callable[[Image.Image], Tensor]) -> Tensor:
+    """So many images, drawn by seed from a folder and all folders in it: `(size, C, H, W)`, fewer if there are fewer.
+
+    Raises:
+        InputError: there is no such folder, or no image in it.
+    """
+    if not folder.is_dir():
+        raise InputError(f"calibration {str(folder)!r} is no folder: name one with images, or data, or synthetic")
+    files = sorted(
+        os.path.join(place, name)
+        for place, _, names in os.walk(folder)
+        for name in names
+        if name.lower().endswith(IMG_EXTENSIONS)
+    )
+    if not files:
+        raise InputError(f"calibration folder {str(folder)!r} has no images")
+    drawn = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed))[:size].tolist()
+    quiet = not get_console().is_terminal
+    shown = track(sorted(drawn), "calibration images", transient=True, disable=quiet)
+    return torch.stack([transform(open_image(files[index])) for index in shown])
