@@ -17,7 +17,9 @@ from nm_lightning.cli.sources import RUNS, open_source
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The flags; `None` where the network's preset decides."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--method", nargs="+", default=["merge"], help="prune, merge, reconstruct; one or several")
+    parser.add_argument(
+        "--method", nargs="+", default=["merge"], help="prune, merge, fold, reconstruct (one or several)"
+    )
     parser.add_argument("--criterion", nargs="+", default=["l2-norm"], help="l1-norm, l2-norm, l2-GM, output")
     parser.add_argument("--ratio", nargs="+", type=float, help="share of neurons to remove, one or several (0.5)")
     parser.add_argument("--widths", nargs="+", help="survivors: an integer for each site in order, or site=width")
@@ -35,6 +37,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="unlabelled images: data (training images), synthetic, or a folder",
     )
     parser.add_argument("--calibration_size", type=int, default=1024, help="how many, drawn by seed; no labels (1024)")
+    parser.add_argument("--reconstruction", default="layer", help="layer, or channel: one map for each site (GRAIL)")
     parser.add_argument("--ridge", type=float, default=1e-3, help="of reconstruct's least squares (0.001)")
     parser.add_argument(
         "--recalibrate_norm", action="store_true", help="estimate BatchNorm statistics anew on the calibration images"
@@ -90,6 +93,7 @@ def main(arguments: list[str] | None = None) -> None:
             calibration=args.calibration,
             calibration_size=args.calibration_size,
             ridge=args.ridge,
+            reconstruction=args.reconstruction,
             recalibrate_norm=args.recalibrate_norm,
             seed=args.seed,
         )

@@ -14,7 +14,7 @@ from torch import Tensor
 from nm_lightning.compression import CompressionResult, compress, cost
 from nm_lightning.compression.checkpoint import load_weights, read, write
 from nm_lightning.compression.fold import compose
-from nm_lightning.compression.pipeline import Options
+from nm_lightning.compression.methods import Options
 from nm_lightning.compression.select import check_ratio
 from nm_lightning.data import ImageData
 from nm_lightning.errors import InputError

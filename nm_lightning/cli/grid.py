@@ -20,7 +20,7 @@ from nm_lightning.compression import CompressionResult, compress, cost, trace
 from nm_lightning.compression.checkpoint import write
 from nm_lightning.compression.export import FORMATS, check_format, export
 from nm_lightning.compression.fold import compose, prefixed
-from nm_lightning.compression.pipeline import OUTPUT, Options
+from nm_lightning.compression.methods import OUTPUT, RECONSTRUCT, Options
 from nm_lightning.compression.select import budget, check_ratio, choose
 from nm_lightning.errors import InputError
 from nm_lightning.modules import evaluate
@@ -45,13 +45,14 @@ class Grid:
     calibration: str = "data"
     calibration_size: int = 1024
     ridge: float = 1e-3
+    reconstruction: str = "layer"
     recalibrate_norm: bool = False
     seed: int = 0
 
     @property
     def looks(self) -> bool:
         """Whether some cell needs calibration images."""
-        return self.recalibrate_norm or "reconstruct" in self.methods or OUTPUT in self.criteria
+        return self.recalibrate_norm or RECONSTRUCT in self.methods or OUTPUT in self.criteria
 
 
 def run_grid(source: Source, grid: Grid, output: Path, device: str = "cpu") -> list[Result]:
@@ -85,7 +86,9 @@ def run_grid(source: Source, grid: Grid, output: Path, device: str = "cpu") -> l
     for name_of_format in grid.exports:
         check_format(name_of_format)
     for method, criterion in itertools.product(grid.methods, grid.criteria):
-        Options(method, criterion, threshold, lamda, grid.formulation, grid.implementation, grid.ridge)
+        Options(
+            method, criterion, threshold, lamda, grid.formulation, grid.implementation, grid.ridge, grid.reconstruction
+        )
     for ratio in ratios:
         check_ratio(ratio or 0)
         budget(sites, ratio or 0, widths, defaults.rounding)
@@ -125,6 +128,7 @@ def run_grid(source: Source, grid: Grid, output: Path, device: str = "cpu") -> l
                 calibration=calibration,
                 calibration_size=grid.calibration_size,
                 ridge=grid.ridge,
+                reconstruction=grid.reconstruction,
                 recalibrate_norm=grid.recalibrate_norm,
                 seed=grid.seed,
             )

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from sklearn.cluster import KMeans
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -137,6 +138,37 @@ def merge(
         merged &= cosine[rows, partner] >= threshold
     scaling[removed[merged], partner[merged]] = scales[rows, partner][merged]
     return scaling
+
+
+def cluster(vectors: Tensor, width: int, seed: int = 0) -> Tensor:
+    """K-means over a site's neurons: the cluster `(n,)` of each, `width` of them (Model Folding, ICLR 2025).
+
+    >>> cluster(torch.tensor([[0.0], [5.0], [0.1], [5.2]]), 2).tolist() in ([0, 1, 0, 1], [1, 0, 1, 0])
+    True
+    """
+    distinct = len(vectors.unique(dim=0))
+    if distinct < width:  # k-means wants as many points as clusters
+        vectors = torch.cat([vectors, torch.arange(len(vectors)).to(vectors)[:, None] * 1e-6], dim=1)
+    means = KMeans(width, n_init=3, random_state=seed)
+    return torch.from_numpy(means.fit_predict(vectors.double().cpu().numpy())).long()
+
+
+def channel_map(gram: Tensor, keep: Tensor, ridge: float) -> Tensor:
+    """The ridge map from the survivors to all neurons, `(n, k)`: `G[:, keep] (G[keep, keep] + r I)^-1`.
+
+    One map for all consumers, from the neurons' Gram matrix `(n, n)` (GRAIL, CPAL 2026).
+
+    >>> channel_map(torch.eye(3).double(), torch.tensor([0, 2]), 0.0)
+    tensor([[1., 0.],
+            [0., 0.],
+            [0., 1.]])
+    """
+    gram = gram.double()
+    inner = gram[keep][:, keep]
+    inner = inner + torch.eye(len(keep), dtype=gram.dtype, device=gram.device) * (
+        ridge * inner.diagonal().mean() + torch.finfo(gram.dtype).tiny
+    )
+    return torch.linalg.solve(inner, gram[keep]).T.float()
 
 
 def norm_terms(norm: Norm, removed: Tensor, keep: Tensor, ratio: Tensor, formulation: str) -> tuple[Tensor, Tensor]:
