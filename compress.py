@@ -23,6 +23,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--criterion", nargs="+", default=["l2-norm"], help="l1-norm, l2-norm, l2-GM, output")
     parser.add_argument("--ratio", nargs="+", type=float, help="share of neurons to remove, one or several (0.5)")
     parser.add_argument("--widths", nargs="+", help="survivors: an integer for each site in order, or site=width")
+    parser.add_argument(
+        "--target_parameters", type=float, help="instead: the share that may stay, cut where it costs least"
+    )
+    parser.add_argument("--target_macs", type=float, help="likewise of the multiply-accumulates")
     parser.add_argument("--sites", nargs="+", help="glob patterns of layer names (all hidden layers)")
     parser.add_argument("--scope", default="hidden", help="hidden, or all: the neurons of residual streams too")
     parser.add_argument("--threshold", type=float, help="least cosine similarity of a merged pair; 0: no test (0.1)")
@@ -95,6 +99,8 @@ def main(arguments: list[str] | None = None) -> None:
             ridge=args.ridge,
             reconstruction=args.reconstruction,
             recalibrate_norm=args.recalibrate_norm,
+            target_parameters=args.target_parameters,
+            target_macs=args.target_macs,
             seed=args.seed,
         )
         source = open_source(args.checkpoint, args.model, args.data, args.data_dir, args.weights, args.seed)

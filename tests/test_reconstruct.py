@@ -9,9 +9,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import compress as cli
-from nm_lightning import InputError, compress, load, save
+from nm_lightning import InputError, compress, load, save, trace
+from nm_lightning.compression import cost
 from nm_lightning.compression.calibration import batches_of, dead_leaves, recalibrate_norms
-from nm_lightning.compression.output_aware import eliminate
+from nm_lightning.compression.output_aware import costs_of, eliminate, watch
 from nm_lightning.compression.reconstruct import read_patches
 
 
@@ -272,6 +273,49 @@ def test_elimination_drops_what_costs_nothing_first():
     cells = torch.tensor([0, 0, 0, 1, 1, 1])
     gone_at, _ = eliminate([(gram.inverse(), weight.clone(), rows)], 4, cells)
     assert torch.bincount(cells[gone_at == 6]).tolist() == [2, 2]
+
+
+def test_costs_are_those_of_the_removals():
+    """On a linear network: the costs of the removals add up to what they cost together, in squared error."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 10), nn.Identity(), nn.Linear(10, 4)).double()
+    x = torch.randn(200, 6, dtype=torch.float64)
+    found = trace(model, x).sites
+    each = costs_of(found, watch(model, found, [x]), ridge=1e-9)["0"]
+    assert each.shape == (9,)
+    assert float(each[:4].max()) < 1e-6 * float(each[4:].min())  # the inputs are six: four neurons cost nothing
+
+
+@pytest.mark.parametrize("what", ["parameters", "macs"])
+@pytest.mark.parametrize("method", ["prune", "reconstruct"])
+def test_a_target_is_met_where_it_costs_least(what, method):
+    """One block's neurons all come twice, the other's not: the first gives up its copies before the second pays."""
+    model = lively(Residual())
+    with torch.no_grad():
+        first = model.blocks[0]
+        for tensor in (*first[0].parameters(), *first[1].parameters(), *first[1].buffers()):
+            if tensor.ndim:
+                tensor[8:] = tensor[:8]
+    x = images(128)
+    result = compress(model, x[:1], method, calibration=x, **{f"target_{what}": 0.6})
+    before, after = (getattr(cost(network, x[:1]), what) for network in (model, result.model))
+    assert 0.5 * before < after <= 0.6 * before
+    assert result.report.widths["blocks.0.0"] <= 8 < result.report.widths["blocks.1.0"] + 3
+    assert result.report.widths["blocks.0.0"] < result.report.widths["blocks.1.0"]
+
+
+def test_bad_targets_are_one_line():
+    model, x = Residual().eval(), images(8)
+    for settings, says in (
+        ({"target_macs": 1.5}, "target_macs 1.5"),
+        ({"target_macs": 0.5, "target_parameters": 0.5}, "one of"),
+        ({"target_macs": 0.5, "widths": [8, 8]}, "one of"),
+        ({"target_parameters": 0.01}, "can't bring"),
+    ):
+        with pytest.raises(InputError, match=says):
+            compress(model, x[:1], "prune", calibration=x, **settings)
+    with pytest.raises(InputError, match="target_macs looks at images"):
+        compress(model, x[:1], "prune", target_macs=0.5)
 
 
 def test_synthetic_images_are_drawn_by_seed():

@@ -47,12 +47,15 @@ class Grid:
     ridge: float = 1e-3
     reconstruction: str = "layer"
     recalibrate_norm: bool = False
+    target_parameters: float | None = None
+    target_macs: float | None = None
     seed: int = 0
 
     @property
     def looks(self) -> bool:
         """Whether some cell needs calibration images."""
-        return self.recalibrate_norm or RECONSTRUCT in self.methods or OUTPUT in self.criteria
+        targets = self.target_parameters is not None or self.target_macs is not None
+        return targets or self.recalibrate_norm or RECONSTRUCT in self.methods or OUTPUT in self.criteria
 
 
 def run_grid(source: Source, grid: Grid, output: Path, device: str = "cpu") -> list[Result]:
@@ -75,10 +78,14 @@ def run_grid(source: Source, grid: Grid, output: Path, device: str = "cpu") -> l
     threshold = grid.threshold if grid.threshold is not None else defaults.threshold
     lamda = grid.lamda if grid.lamda is not None else defaults.lamda
     widths = grid.widths
-    if widths is None and grid.ratios is None and grid.sites is None:
+    targets = {"parameters": grid.target_parameters, "macs": grid.target_macs}
+    targets = {name: share for name, share in targets.items() if share is not None}
+    if targets and (grid.ratios is not None or widths is not None):
+        raise InputError(f"give --target_{next(iter(targets))} or --ratio or --widths, not both")
+    if widths is None and grid.ratios is None and grid.sites is None and not targets:
         widths = defaults.widths
     fixed = widths is not None and not isinstance(widths, Mapping)
-    ratios = [None] if fixed else grid.ratios or ([None] if widths else [0.5])
+    ratios = [None] if fixed or targets else grid.ratios or ([None] if widths else [0.5])
 
     network = module.model.to(device).eval()
     example = module.example_input.to(device)
@@ -130,10 +137,13 @@ def run_grid(source: Source, grid: Grid, output: Path, device: str = "cpu") -> l
                 ridge=grid.ridge,
                 reconstruction=grid.reconstruction,
                 recalibrate_norm=grid.recalibrate_norm,
+                target_parameters=grid.target_parameters,
+                target_macs=grid.target_macs,
                 seed=grid.seed,
             )
             seconds = time.perf_counter() - start
             label = "widths" if ratio is None else f"{ratio:g}"
+            label = next((f"{name}{share:g}" for name, share in targets.items()), label)
             file = f"{method}_{criterion}_{label}.ckpt"
             accuracy = evaluate(compressed.model, loader, data, device, f"{method} {criterion} {label}")
             after = cost(compressed.model, example)
@@ -161,6 +171,7 @@ def run_grid(source: Source, grid: Grid, output: Path, device: str = "cpu") -> l
         about |= {"threshold": threshold, "lamda": lamda, "formulation": grid.formulation}
         if calibration is not None:
             about |= {"calibration": grid.calibration, "calibration_size": len(calibration), "ridge": grid.ridge}
+            about |= {f"target_{name}": share for name, share in targets.items()}
             about |= {"recalibrate_norm": grid.recalibrate_norm, "seed": grid.seed}
         about |= {"implementation": grid.implementation, "torch": torch.__version__, "left_alone": skipped}
         write_files(folder, about, baseline, results)

@@ -9,6 +9,8 @@ a cost is in nats, and sites can be compared. Sites are taken backwards: outputs
 from collections.abc import Mapping, Sequence
 
 import torch
+from rich import get_console
+from rich.progress import track
 from torch import Tensor, nn
 
 from nm_lightning.compression.follow import CONVOLUTIONS
@@ -79,7 +81,7 @@ class Watch:
         penalty = (ridge * self.gram.diagonal()[:-1].mean()).expand(len(weight)).clone()
         penalty[-1] = 0
         (inverse,) = torch.cholesky_inverse(factorise(self.gram[None], penalty))
-        return inverse / self.images, weight, rows
+        return inverse * self.images, weight, rows
 
 
 def eliminate(problems: Sequence[tuple[Tensor, Tensor, Tensor]], width: int, cells: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,23 +121,10 @@ def eliminate(problems: Sequence[tuple[Tensor, Tensor, Tensor]], width: int, cel
     return gone_at, torch.stack(costs) if costs else torch.zeros(0)
 
 
-def choose_by_output(
-    model: nn.Module,
-    sites: Sequence[Site],
-    counts: Mapping[str, int],
-    batches: Sequence[Tensor],
-    ridge: float = 1e-3,
-    seed: int = 0,
-) -> dict[str, Tensor]:
-    """The survivors `(k,)` of each site whose consumers can be solved; other sites are left out.
+def watch(model: nn.Module, sites: Sequence[Site], batches: Sequence[Tensor], seed: int = 0) -> dict[str, Watch]:
+    """Run the images through the network, and their labels' gradients back; by consumer, what was summed.
 
-    Args:
-        model: the network; its weights are only read.
-        sites: the sites.
-        counts: by site, how many stay.
-        batches: images as the network reads them.
-        ridge: as a share of the Gram matrix' mean diagonal.
-        seed: of the labels that are drawn from the network's own predictions.
+    Sites with a consumer that can't be solved have no entries. The labels are drawn from the network's predictions.
     """
     layers = dict(model.named_modules())
     fit = [site for site in sites if all(_fits(site, consumer, layers) for consumer in site.consumers)]
@@ -146,27 +135,57 @@ def choose_by_output(
     device = batches[0].device
     with torch.enable_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        for batch in batches:
+        for batch in track(batches, "selecting", transient=True, disable=not get_console().is_terminal):
             logits = model(batch.clone().requires_grad_()).float()
             drawn = torch.distributions.Categorical(logits=logits.detach()).sample()
             nn.functional.cross_entropy(logits.flatten(0, -2), drawn.flatten(), reduction="sum").backward()
     for parameter in wanting:
         parameter.requires_grad_(True)
-    for watch in watches.values():
-        for handle in watch.handles:
+    for each in watches.values():
+        for handle in each.handles:
             handle.remove()
+    return watches
 
-    keeps, counting = {}, {name: torch.ones(len(layers[name].weight)) for name in watches}
-    for site in reversed(fit):
-        problems = [
-            watches[consumer.name].problem(consumer, counting[consumer.name], ridge) for consumer in site.consumers
-        ]
-        gone_at, _ = eliminate(problems, counts[site.name], site.cells)
-        keeps[site.name] = keep_of(site, gone_at.double(), counts[site.name])
-        for member in site.producers:
-            if member.name in counting:
-                counting[member.name] *= torch.isin(member.owner, keeps[site.name]) | (member.owner < 0)
+
+def choose_by_output(
+    sites: Sequence[Site], counts: Mapping[str, int], watches: Mapping[str, Watch], ridge: float = 1e-3
+) -> dict[str, Tensor]:
+    """The survivors `(k,)` of each site whose consumers were watched; other sites are left out.
+
+    Args:
+        sites: the sites.
+        counts: by site, how many stay.
+        watches: by consumer, as `watch` returns them.
+        ridge: as a share of the Gram matrix' mean diagonal.
+    """
+    keeps, counting = {}, {name: torch.ones(len(each.layer.weight)) for name, each in watches.items()}
+    for site in reversed(sites):
+        if all(consumer.name in watches for consumer in site.consumers):
+            gone_at, _ = eliminate(_problems(site, watches, counting, ridge), counts[site.name], site.cells)
+            keeps[site.name] = keep_of(site, gone_at.double(), counts[site.name])
+            for member in site.producers:
+                if member.name in counting:
+                    counting[member.name] *= torch.isin(member.owner, keeps[site.name]) | (member.owner < 0)
     return keeps
+
+
+def costs_of(sites: Sequence[Site], watches: Mapping[str, Watch], ridge: float = 1e-3) -> dict[str, Tensor]:
+    """What removing one more neuron costs, down to the last: `(n - step,)` in nats of an image's predictions.
+
+    A second-order estimate, each site for itself. Sites that were not watched are left out.
+    """
+    costs, counting = {}, {name: torch.ones(len(each.layer.weight)) for name, each in watches.items()}
+    for site in sites:
+        if all(consumer.name in watches for consumer in site.consumers):
+            _, each = eliminate(_problems(site, watches, counting, ridge), site.step, site.cells)
+            costs[site.name] = each.double() / 2
+    return costs
+
+
+def _problems(
+    site: Site, watches: Mapping[str, Watch], counting: Mapping[str, Tensor], ridge: float
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    return [watches[consumer.name].problem(consumer, counting[consumer.name], ridge) for consumer in site.consumers]
 
 
 def _fits(site: Site, consumer: Consumer, layers: Mapping[str, nn.Module]) -> bool:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -9,13 +10,13 @@ from torch.nn import functional as F
 
 from nm_lightning.compression import decompose, select
 from nm_lightning.compression.calibration import batches_of, recalibrate_norms
-from nm_lightning.compression.fold import Plan, named_tensors
+from nm_lightning.compression.fold import Plan, apply_plan, named_tensors, plan_sites
 from nm_lightning.compression.methods import METHODS, OUTPUT, RECONSTRUCT, Options, Work
-from nm_lightning.compression.output_aware import choose_by_output
+from nm_lightning.compression.output_aware import choose_by_output, costs_of, watch
 from nm_lightning.compression.prepare import evaluated, plain_copy, unwrapped
-from nm_lightning.compression.report import Report, SiteReport
+from nm_lightning.compression.report import Report, SiteReport, cost
 from nm_lightning.compression.sites import Site
-from nm_lightning.compression.trace import trace
+from nm_lightning.compression.trace import trace, without_data
 from nm_lightning.errors import InputError
 
 
@@ -56,6 +57,8 @@ def compress(
     ridge: float = 1e-3,
     reconstruction: str = "layer",
     recalibrate_norm: bool = False,
+    target_parameters: float | None = None,
+    target_macs: float | None = None,
     seed: int = 0,
 ) -> CompressionResult:
     """Make a trained network smaller without labels or training; prune and merge need no images either.
@@ -84,6 +87,9 @@ def compress(
         reconstruction: `layer` solves each layer behind for itself; `channel` is GRAIL's single map from the survivors
             to all neurons, shared by all consumers.
         recalibrate_norm: estimate BatchNorm statistics anew at the end.
+        target_parameters: instead of a ratio, the share of the network's parameters that may stay; each site gives up
+            what costs least, by its measured reconstruction error on the calibration images.
+        target_macs: likewise of its multiply-accumulates.
         seed: of what is drawn: the synthetic images, and the Fisher information's labels.
 
     Returns:
@@ -112,20 +118,34 @@ def compress(
     chosen = select.choose(found.sites, sites)
     counts = select.budget(chosen, ratio, widths, rounding)
 
-    batches = []
-    if options.looks or recalibrate_norm:
+    batches, targets = [], {"parameters": target_parameters, "macs": target_macs}
+    targets = {name: target for name, target in targets.items() if target is not None}
+    if len(targets) > 1 or (targets and widths is not None):
+        raise InputError("give one of widths, target_parameters and target_macs")
+    for name, target in targets.items():
+        if isinstance(target, bool) or not isinstance(target, (int, float)) or not 0 < target < 1:
+            raise InputError(f"target_{name} {target!r}: give the share that may stay, a number between 0 and 1")
+    if options.looks or recalibrate_norm or targets:
         if calibration is None:
             what = f"criterion {criterion}" if criterion == OUTPUT else "recalibrate_norm"
+            what = f"target_{next(iter(targets))}" if targets else what
             what = f"method {method}" if method == RECONSTRUCT else what
             raise InputError(f"{what} looks at images: give calibration, a tensor, a DataLoader or 'synthetic'")
         batches = batches_of(calibration, example_input, calibration_size, seed)
     report = Report(skipped=found.skipped, remarks=notes)
+    watches = {}
+    if criterion == OUTPUT or targets:
+        watches = watch(evaluated(narrow), chosen, batches, seed)
+    if targets:
+        ((name, target),) = targets.items()
+        size = partial(_size, without_data(narrow).eval(), chosen, example_input, name)
+        counts = select.share_cut(chosen, costs_of(chosen, watches), size, target)
     keeps = {
         site.name: select.keep_of(site, _scores(site, originals, options.fallback).cpu(), counts[site.name])
         for site in chosen
     }
     if criterion == OUTPUT:
-        by_output = keeps | choose_by_output(evaluated(narrow), chosen, counts, batches, seed=seed)
+        by_output = keeps | choose_by_output(chosen, counts, watches)
         if method != RECONSTRUCT or _wins(by_output, keeps, narrow, chosen, options, batches):
             keeps = by_output
         else:
@@ -136,6 +156,15 @@ def compress(
     if recalibrate_norm:
         recalibrate_norms(narrow, (images.to(example_input.dtype) for images in batches))
     return CompressionResult(narrow, report, plan, keeps)
+
+
+def _size(hollow: nn.Module, sites: Sequence[Site], example: Tensor, what: str, widths: Mapping[str, int]) -> int:
+    """Parameters or MACs of the network with these widths, without its data."""
+    keeps = {site.name: select.keep_of(site, torch.zeros(site.width), widths[site.name]) for site in sites}
+    narrow = apply_plan(plain_copy(hollow)[0], plan_sites(sites, keeps))
+    if what == "parameters":
+        return sum(parameter.numel() for parameter in narrow.parameters())
+    return cost(narrow, example[:1].to("meta")).macs
 
 
 def _wins(

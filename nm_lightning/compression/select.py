@@ -143,6 +143,52 @@ def budget(
     return counts
 
 
+def share_cut(
+    sites: Sequence[Site],
+    costs: Mapping[str, Tensor],
+    size: Callable[[Mapping[str, int]], int],
+    target: float,
+) -> dict[str, int]:
+    """Widths that bring a network to a share of its size where it costs least.
+
+    One price per parameter (or MAC) for all sites: each gives up neurons as long as the next one costs less than the
+    price of what goes with it. The price is found by bisection.
+
+    Args:
+        sites: the sites; those without costs keep their width.
+        costs: by site, what each further removal costs, `(n - step,)`; a cheaper one behind a dearer one costs as much.
+        size: of a network with given widths.
+        target: share of the size that may stay, in (0, 1).
+
+    Returns:
+        The largest widths found that meet the target.
+
+    Raises:
+        InputError: the sites can't shrink the network so far.
+    """
+    full = {site.name: site.width for site in sites}
+    whole, prices = size(full), {}
+    for site in sites:
+        if site.name in costs:
+            saved = (whole - size(full | {site.name: site.step})) / max(1, site.width - site.step)  # by one neuron
+            prices[site.name] = costs[site.name].cummax(dim=0).values / max(saved, 1e-9)
+    steps = {site.name: site.step for site in sites}
+
+    def widths(price: float) -> dict[str, int]:
+        cut = {name: int((each <= price).sum()) // steps[name] * steps[name] for name, each in prices.items()}
+        return full | {name: full[name] - count for name, count in cut.items()}
+
+    every = torch.cat([torch.zeros(1, dtype=torch.double), *prices.values()]).unique()
+    if size(widths(float(every[-1]))) > target * whole:
+        least = size(widths(float(every[-1]))) / whole
+        raise InputError(f"target {target}: the sites can't bring the network below {least:.3f} of its size")
+    low, high = 0, len(every) - 1
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if size(widths(float(every[middle]))) <= target * whole else (middle + 1, high)
+    return widths(float(every[low]))
+
+
 def check_ratio(ratio: float) -> None:
     """Raise `InputError` unless `ratio` is a number in [0, 1)."""
     if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio < 1:
