@@ -15,6 +15,7 @@ import statistics
 import time
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +47,7 @@ METHODS = {
     "reconstruct": ({"method": "reconstruct"}, "data"),
     "reconstruct, output": ({"method": "reconstruct", "criterion": "output"}, "data"),
     "reconstruct, synthetic": ({"method": "reconstruct"}, "synthetic"),
+    "reconstruct, budget": ({"method": "reconstruct"}, "data"),  # as many parameters as the cell's widths leave
 }
 
 
@@ -89,18 +91,21 @@ class Bench:
         """Compress and measure."""
         settings, kind = METHODS[label]
         calibration = self.calibration(kind, seed)
-        size = {"ratio": cell} if isinstance(cell, float) else {"widths": self.defaults.widths}
+        size: dict[str, Any] = {"ratio": cell} if isinstance(cell, float) else {"widths": self.defaults.widths}
         if cell == "half the published":
             size = {"widths": [width // 2 for width in self.defaults.widths]}
         lite = self.name == "efficientnet_lite0"
+        size |= {"sites": "*_expand_conv" if lite else self.defaults.sites, "rounding": self.defaults.rounding}
+        if label.endswith("budget"):
+            uniform = cost(compress(self.model, self.images[:1], "prune", **size).model, self.images[:1]).parameters
+            share = uniform / cost(self.model, self.images[:1]).parameters
+            size = {"sites": size["sites"], "target_parameters": share}
         start = time.perf_counter()
         result = compress(
             self.model,
             self.images[:1],
             **settings,
             **size,
-            sites="*_expand_conv" if lite else self.defaults.sites,
-            rounding=self.defaults.rounding,
             threshold=self.defaults.threshold,
             lamda=self.defaults.lamda,
             calibration=calibration,
@@ -109,7 +114,8 @@ class Bench:
         seconds = time.perf_counter() - start
         after = cost(result.model, self.images[:1])
         row = {"network": self.name, "cell": cell, "method": label, "seed": seed, "seconds": round(seconds, 1)}
-        return row | {"accuracy": accuracy(result.model, self.images, self.labels), "parameters": after.parameters}
+        row |= {"accuracy": accuracy(result.model, self.images, self.labels)}
+        return row | {"parameters": after.parameters, "macs": after.macs}
 
 
 @torch.inference_mode()

@@ -40,6 +40,25 @@ def logged(folder):
     return {key: float(value) for row in rows for key, value in row.items() if value and "/" in key}
 
 
+@pytest.mark.parametrize("own_data", [True, False])
+def test_reconstructs_on_training_images(own_data, tmp_path):
+    """Our data modules give images without augmentation, others what their loader gives; no labels are read."""
+    loaders = {}
+    if not own_data:
+        images = torch.randn(200, 1, 8, 8)
+        loaders = {"train_dataloaders": DataLoader(TensorDataset(images, torch.arange(200) % 10), 64)}
+        loaders["val_dataloaders"] = loaders["train_dataloaders"]
+    callback = NeuronMergeCallback(method="reconstruct", criterion="output", ratio=0.7, calibration_size=150)
+    fit(tmp_path, callback, **loaders)
+    assert callback.result.report.sites[0].error < 0.5
+    assert callback.result.model.model.ip1.out_features == 90
+    values = logged(tmp_path)
+    if own_data:
+        assert values["accuracy/drop"] < 0.1
+        narrow = ImageClassifier.load_from_checkpoint(tmp_path / "compressed.ckpt", weights_only=True)
+        assert narrow.model.ip1.out_features == 90
+
+
 def test_measures_logs_and_saves_what_loads(tmp_path):
     callback = NeuronMergeCallback(method="merge", criterion="l1-norm", ratio=0.5)
     _, module = fit(tmp_path, callback)

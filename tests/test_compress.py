@@ -12,7 +12,7 @@ from pathlib import Path
 import onnxruntime
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, write_images
 from PIL import Image
 
 import compress
@@ -121,6 +121,34 @@ def test_exports_predict_the_same(workplace, tmp_path):
         assert right / total == row["accuracy"]
 
 
+@pytest.mark.parametrize("calibration", ["data", "synthetic", "photos"])
+def test_calibration_images_from_everywhere(calibration, workplace, tmp_path):
+    write_images(tmp_path / "photos", 2, 8, 16)
+    source = str(tmp_path / "photos") if calibration == "photos" else calibration
+    flags = ["--method", "prune", "reconstruct", "--ratio", "0.6", "--calibration", source, "--calibration_size", "200"]
+    compress.main([*flags, "--recalibrate_norm", "--output", str(tmp_path / "out")])
+    content = report(tmp_path / "out")
+    assert content["calibration"] == source
+    assert content["calibration_size"] == (16 if calibration == "photos" else 200)
+    pruned, solved = content["results"]
+    if calibration == "data":
+        assert solved["accuracy"] > pruned["accuracy"]
+    module = ImageClassifier.load_from_checkpoint(tmp_path / "out" / solved["checkpoint"], weights_only=True)
+    data = build_data("digits")
+    data.setup("test")
+    assert evaluate(module, data.test_dataloader(), data) == solved["accuracy"]
+
+
+def test_a_target_instead_of_a_ratio(workplace, tmp_path):
+    flags = ["--method", "merge", "reconstruct", "--criterion", "output", "--target_macs", "0.4"]
+    compress.main([*flags, "--output", str(tmp_path / "out")])
+    content = report(tmp_path / "out")
+    assert content["target_macs"] == 0.4
+    for row in content["results"]:
+        assert 0.35 < row["macs"] / content["baseline"]["macs"] <= 0.4
+        assert row["checkpoint"] == f"{row['method']}_output_macs0.4.ckpt"
+
+
 def test_an_output_folder_holds_what_its_report_tells(workplace, tmp_path):
     compress.main(["--ratio", "0.5", "0.6", "--output", str(tmp_path / "out")])
     compress.main(["--ratio", "0.7", "--output", str(tmp_path / "out")])
@@ -210,6 +238,16 @@ def test_imagenet_for_real(real_data, tmp_path):
         (["--widths", "ip1=20", "30"], "not both"),
         (["--widths", "many", "20"], "--widths many 20: give whole numbers"),
         (["--sites", "conv*"], "'conv*' matches none"),
+        (["--reconstruction", "row"], "unknown reconstruction 'row'"),
+        (["--method", "reconstruct", "--ridge", "-1"], "ridge -1.0"),
+        (["--method", "reconstruct", "--ridge", "nan"], "ridge nan"),
+        (["--method", "reconstruct", "--calibration", "nowhere"], "calibration 'nowhere' is no folder"),
+        (["--method", "reconstruct", "--calibration", "runs"], "calibration folder 'runs' has no images"),
+        (["--method", "reconstruct", "--calibration_size", "0"], "calibration_size 0"),
+        (["--method", "reconstruct", "--criterion", "output", "--calibration", "synthetic"], "by synthetic images"),
+        (["--target_macs", "2"], "target_macs 2.0"),
+        (["--target_macs", "0.5", "--ratio", "0.5"], "not both"),
+        (["--target_parameters", "0.001"], "can't bring the network below"),
         (["--device", "abacus"], "device 'abacus'"),
         (["--seed", "today"], "'today'"),
         (["--melt"], "--melt"),

@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -93,9 +93,10 @@ def run_grid(source: Source, grid: Grid, output: Path, device: str = "cpu") -> l
     for name_of_format in grid.exports:
         check_format(name_of_format)
     for method, criterion in itertools.product(grid.methods, grid.criteria):
-        Options(
-            method, criterion, threshold, lamda, grid.formulation, grid.implementation, grid.ridge, grid.reconstruction
-        )
+        options = Options(method, criterion, threshold, lamda, grid.formulation, grid.implementation)
+        replace(options, ridge=grid.ridge, reconstruction=grid.reconstruction).check_images(grid.calibration)
+    for name_of_target, share in targets.items():
+        check_target(name_of_target, share)
     for ratio in ratios:
         check_ratio(ratio or 0)
         budget(sites, ratio or 0, widths, defaults.rounding)

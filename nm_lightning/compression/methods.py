@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nm_lightning.compression import decompose, reference, select
+from nm_lightning.compression.calibration import SYNTHETIC
 from nm_lightning.compression.fold import Fold, Plan, absorb, apply_plan, named_tensors, plan_sites
 from nm_lightning.compression.follow import CONVOLUTIONS
 from nm_lightning.compression.prepare import evaluated, own_tensors
@@ -49,6 +50,13 @@ class Options:
     def looks(self) -> bool:
         """Whether it needs calibration images."""
         return self.method == RECONSTRUCT or self.criterion == OUTPUT
+
+    def check_images(self, calibration: str) -> None:
+        """Raise `InputError` where synthetic images would lead astray: they say nothing of a network's predictions."""
+        if calibration == SYNTHETIC and self.criterion == OUTPUT:
+            raise InputError(
+                "criterion output chooses badly by synthetic images: give real ones, or --criterion l2-norm"
+            )
 
     def __post_init__(self) -> None:
         for label, choices in (

@@ -123,8 +123,9 @@ def compress(
     if len(targets) > 1 or (targets and widths is not None):
         raise InputError("give one of widths, target_parameters and target_macs")
     for name, target in targets.items():
-        if isinstance(target, bool) or not isinstance(target, (int, float)) or not 0 < target < 1:
-            raise InputError(f"target_{name} {target!r}: give the share that may stay, a number between 0 and 1")
+        select.check_target(name, target)
+    if isinstance(calibration, str):
+        options.check_images(calibration)
     if options.looks or recalibrate_norm or targets:
         if calibration is None:
             what = f"criterion {criterion}" if criterion == OUTPUT else "recalibrate_norm"

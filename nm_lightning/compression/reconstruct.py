@@ -294,7 +294,7 @@ def _taps(layer: nn.Module, images: Tensor) -> list[Tensor]:
     eye = torch.eye(taps, dtype=images.dtype, device=images.device).view(taps, 1, *layer.weight.shape[2:])
     probe._parameters = {**layer._parameters, "weight": eye, "bias": None}
     probe.in_channels, probe.out_channels, probe.groups = 1, taps, 1
-    each = probe(images.flatten(0, 1).unsqueeze(1))  # (N * channels, taps, ...)
+    each = probe.forward(images.flatten(0, 1).unsqueeze(1))  # (N * channels, taps, ...), past the layer's hooks
     each = each.unflatten(0, images.shape[:2]).movedim(1, -1)  # (N, taps, ..., channels)
     return list(each.unbind(1))
 

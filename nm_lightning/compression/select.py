@@ -189,6 +189,12 @@ def share_cut(
     return widths(float(every[low]))
 
 
+def check_target(name: str, target: float) -> None:
+    """Raise `InputError` unless `target` is a number between 0 and 1."""
+    if isinstance(target, bool) or not isinstance(target, (int, float)) or not 0 < target < 1:
+        raise InputError(f"target_{name} {target!r}: give the share that may stay, a number between 0 and 1")
+
+
 def check_ratio(ratio: float) -> None:
     """Raise `InputError` unless `ratio` is a number in [0, 1)."""
     if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio < 1:
