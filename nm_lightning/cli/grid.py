@@ -21,7 +21,7 @@ from nm_lightning.compression.checkpoint import write
 from nm_lightning.compression.export import FORMATS, check_format, export
 from nm_lightning.compression.fold import compose, prefixed
 from nm_lightning.compression.methods import OUTPUT, RECONSTRUCT, Options
-from nm_lightning.compression.select import budget, check_ratio, choose
+from nm_lightning.compression.select import budget, check_ratio, check_target, choose
 from nm_lightning.errors import InputError
 from nm_lightning.modules import evaluate
 from nm_lightning.reporting.results import Baseline, Result, print_table, write_files
