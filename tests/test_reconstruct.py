@@ -13,7 +13,7 @@ from nm_lightning import InputError, compress, load, save, trace
 from nm_lightning.compression import cost
 from nm_lightning.compression.calibration import batches_of, dead_leaves, recalibrate_norms
 from nm_lightning.compression.output_aware import costs_of, eliminate, watch
-from nm_lightning.compression.reconstruct import read_patches
+from nm_lightning.compression.reconstruct import correlate, read_patches
 
 
 class Residual(nn.Module):
@@ -139,6 +139,11 @@ def test_patches_are_what_the_weight_is_multiplied_with(layer):
         found = patches[..., :-1] @ weight.transpose(1, 2) + layer.bias.view(groups, 1, -1)
         torch.testing.assert_close(found, outputs)
         assert bool((patches[..., -1] == 1).all())
+        stays = torch.tensor([True, False, True, True, True, False])  # two of each group
+        patches, gap = read_patches(version, x, stays, groups), torch.randn_like(layer(x))
+        dim = 1 if layer.weight.ndim > 2 else -1
+        flat = gap.movedim(dim, -1).reshape(-1, groups, 4 // groups).transpose(0, 1)
+        torch.testing.assert_close(correlate(version, x, gap, stays), patches.transpose(1, 2) @ flat)
 
 
 def test_a_bias_is_made_saved_and_loaded(tmp_path):

@@ -218,7 +218,6 @@ def solve_layer(task: Task, join: Join, wide: nn.Module, wanted: Run, found: Run
     """Regress the gap at the join on what the layer reads, and add the coefficients to its weight; the share left."""
     layer = wide.get_submodule(task.layer)
     groups, out = getattr(layer, "groups", 1), layer.weight.shape[0]
-    dim = 1 if isinstance(layer, CONVOLUTIONS) else -1
     scale = layer.weight.new_ones(out) if join.scale is None else join.scale
     alive = scale.abs() > DEAD * scale.abs().max()
     (source,) = task.node.args[:1]
@@ -233,13 +232,12 @@ def solve_layer(task: Task, join: Join, wide: nn.Module, wanted: Run, found: Run
             if step:
                 gap = torch.where(target <= 0, -value.clamp(min=0), gap)
                 gap = torch.where(target >= join.limit, (join.limit - value).clamp(min=0), gap)
-            gap = gap.movedim(dim, -1).flatten(0, -2)
-            patches = read_patches(layer, env[source], task.stays, groups)
-            cross += (patches.transpose(1, 2) @ gap.view(len(gap), groups, -1).transpose(0, 1)).double()
+            cross += correlate(layer, env[source], gap, task.stays).double()
             if step == 0:
+                patches = read_patches(layer, env[source], task.stays, groups)
                 fresh += (patches.transpose(1, 2) @ patches).double()
-                missing += gap.double().square().sum()
-                energy += target.double().square().sum()
+                missing += gap.square().sum(dtype=torch.float64)
+                energy += target.square().sum(dtype=torch.float64)
         if step == 0:
             gram, total = fresh, torch.zeros_like(cross)
             penalty = ridge * gram.diagonal(dim1=1, dim2=2)[:, :-1].mean()
@@ -275,6 +273,27 @@ def read_patches(layer: nn.Module, images: Tensor, stays: Tensor, groups: int = 
     ones = parts[0].new_ones(()).expand(*parts[0].shape[:-1], groups, 1)
     parts = [part.unflatten(-1, (groups, -1)) for part in parts]
     return torch.cat([*parts, ones], dim=-1).flatten(0, -3).transpose(0, 1)
+
+
+def correlate(layer: nn.Module, images: Tensor, gap: Tensor, stays: Tensor) -> Tensor:
+    """The patches' transpose times a tensor like the layer's output: `(groups, taps * kept + 1, out / groups)`.
+
+    It is what autograd gives for the weight, and takes no longer than the layer itself. Nothing else of a gradient is
+    used here: the layer is linear in its weight.
+    """
+    groups, dim = getattr(layer, "groups", 1), 1 if isinstance(layer, CONVOLUTIONS) else gap.ndim - 1
+    narrow = torch.cat(
+        [part[:, own] for part, own in zip(layer.weight.chunk(groups), stays.chunk(groups), strict=True)]
+    )
+    images = images if bool(stays.all()) else images.movedim(dim, -1)[..., stays].movedim(-1, dim)
+    probe = copy.copy(layer)
+    with torch.enable_grad():
+        weight = narrow.detach().requires_grad_()
+        probe._parameters = {**layer._parameters, "weight": weight, "bias": None}
+        (found,) = torch.autograd.grad(probe.forward(images.detach()), weight, gap)
+    found = found.view(groups, len(weight) // groups, -1, found[0, 0].numel()).permute(0, 3, 2, 1).flatten(1, 2)
+    constant = gap.sum(dim=[other for other in range(gap.ndim) if other != dim])
+    return torch.cat([found, constant.view(groups, 1, -1)], dim=1)
 
 
 def _taps(layer: nn.Module, images: Tensor) -> list[Tensor]:
