@@ -46,6 +46,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--recalibrate_norm", action="store_true", help="estimate BatchNorm statistics anew on the calibration images"
     )
+    parser.add_argument(
+        "--finetune", type=int, default=0, help="epochs of training on the original's predictions, no labels (0)"
+    )
     parser.add_argument("--checkpoint", help="Lightning checkpoint or state dict (the newest best.ckpt under runs/)")
     parser.add_argument("--model", help="network, where the checkpoint does not say, such as resnet56")
     parser.add_argument("--data", help="digits, fashion_mnist, cifar10, cifar100, imagenet or folder, likewise")
@@ -101,6 +104,7 @@ def main(arguments: list[str] | None = None) -> None:
             recalibrate_norm=args.recalibrate_norm,
             target_parameters=args.target_parameters,
             target_macs=args.target_macs,
+            finetune=args.finetune,
             seed=args.seed,
         )
         source = open_source(args.checkpoint, args.model, args.data, args.data_dir, args.weights, args.seed)

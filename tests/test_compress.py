@@ -126,7 +126,7 @@ def test_calibration_images_from_everywhere(calibration, workplace, tmp_path):
     write_images(tmp_path / "photos", 2, 8, 16)
     source = str(tmp_path / "photos") if calibration == "photos" else calibration
     flags = ["--method", "prune", "reconstruct", "--ratio", "0.6", "--calibration", source, "--calibration_size", "200"]
-    compress.main([*flags, "--recalibrate_norm", "--output", str(tmp_path / "out")])
+    compress.main([*flags, "--recalibrate_norm", "--finetune", "2", "--output", str(tmp_path / "out")])
     content = report(tmp_path / "out")
     assert content["calibration"] == source
     assert content["calibration_size"] == (16 if calibration == "photos" else 200)
@@ -245,6 +245,7 @@ def test_imagenet_for_real(real_data, tmp_path):
         (["--method", "reconstruct", "--calibration", "runs"], "calibration folder 'runs' has no images"),
         (["--method", "reconstruct", "--calibration_size", "0"], "calibration_size 0"),
         (["--method", "reconstruct", "--criterion", "output", "--calibration", "synthetic"], "by synthetic images"),
+        (["--finetune", "-1"], "finetune -1"),
         (["--target_macs", "2"], "target_macs 2.0"),
         (["--target_macs", "0.5", "--ratio", "0.5"], "not both"),
         (["--target_parameters", "0.001"], "can't bring the network below"),

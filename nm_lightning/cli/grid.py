@@ -49,13 +49,20 @@ class Grid:
     recalibrate_norm: bool = False
     target_parameters: float | None = None
     target_macs: float | None = None
+    finetune: int = 0
     seed: int = 0
 
     @property
     def looks(self) -> bool:
         """Whether some cell needs calibration images."""
         targets = self.target_parameters is not None or self.target_macs is not None
-        return targets or self.recalibrate_norm or RECONSTRUCT in self.methods or OUTPUT in self.criteria
+        return (
+            targets
+            or self.finetune != 0
+            or self.recalibrate_norm
+            or RECONSTRUCT in self.methods
+            or OUTPUT in self.criteria
+        )
 
 
 def run_grid(source: Source, grid: Grid, output: Path, device: str = "cpu") -> list[Result]:
@@ -101,6 +108,8 @@ def run_grid(source: Source, grid: Grid, output: Path, device: str = "cpu") -> l
         check_ratio(ratio or 0)
         budget(sites, ratio or 0, widths, defaults.rounding)
 
+    if grid.finetune < 0:
+        raise InputError(f"finetune {grid.finetune}: give a whole number of epochs from 0")
     calibration = None
     if grid.looks:
         calibration = data.calibration_images(grid.calibration, grid.calibration_size, grid.seed)
@@ -140,6 +149,7 @@ def run_grid(source: Source, grid: Grid, output: Path, device: str = "cpu") -> l
                 recalibrate_norm=grid.recalibrate_norm,
                 target_parameters=grid.target_parameters,
                 target_macs=grid.target_macs,
+                finetune=grid.finetune,
                 seed=grid.seed,
             )
             seconds = time.perf_counter() - start
@@ -173,7 +183,7 @@ def run_grid(source: Source, grid: Grid, output: Path, device: str = "cpu") -> l
         if calibration is not None:
             about |= {"calibration": grid.calibration, "calibration_size": len(calibration), "ridge": grid.ridge}
             about |= {f"target_{name}": share for name, share in targets.items()}
-            about |= {"recalibrate_norm": grid.recalibrate_norm, "seed": grid.seed}
+            about |= {"recalibrate_norm": grid.recalibrate_norm, "finetune": grid.finetune, "seed": grid.seed}
         about |= {"implementation": grid.implementation, "torch": torch.__version__, "left_alone": skipped}
         write_files(folder, about, baseline, results)
 

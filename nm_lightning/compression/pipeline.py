@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from nm_lightning.compression import decompose, select
 from nm_lightning.compression.calibration import batches_of, recalibrate_norms
+from nm_lightning.compression.distill import distill
 from nm_lightning.compression.fold import Plan, apply_plan, named_tensors, plan_sites
 from nm_lightning.compression.methods import METHODS, OUTPUT, RECONSTRUCT, Options, Work
 from nm_lightning.compression.output_aware import choose_by_output, costs_of, watch
@@ -59,6 +60,7 @@ def compress(
     recalibrate_norm: bool = False,
     target_parameters: float | None = None,
     target_macs: float | None = None,
+    finetune: int = 0,
     seed: int = 0,
 ) -> CompressionResult:
     """Make a trained network smaller without labels or training; prune and merge need no images either.
@@ -90,6 +92,7 @@ def compress(
         target_parameters: instead of a ratio, the share of the network's parameters that may stay; each site gives up
             what costs least, by its measured reconstruction error on the calibration images.
         target_macs: likewise of its multiply-accumulates.
+        finetune: epochs of training on the original's predictions for the calibration images, without labels.
         seed: of what is drawn: the synthetic images, and the Fisher information's labels.
 
     Returns:
@@ -126,9 +129,12 @@ def compress(
         select.check_target(name, target)
     if isinstance(calibration, str):
         options.check_images(calibration)
-    if options.looks or recalibrate_norm or targets:
+    if isinstance(finetune, bool) or not isinstance(finetune, int) or finetune < 0:
+        raise InputError(f"finetune {finetune!r}: give a whole number of epochs from 0")
+    if options.looks or recalibrate_norm or targets or finetune:
         if calibration is None:
-            what = f"criterion {criterion}" if criterion == OUTPUT else "recalibrate_norm"
+            what = "recalibrate_norm" if recalibrate_norm else "finetune"
+            what = f"criterion {criterion}" if criterion == OUTPUT else what
             what = f"target_{next(iter(targets))}" if targets else what
             what = f"method {method}" if method == RECONSTRUCT else what
             raise InputError(f"{what} looks at images: give calibration, a tensor, a DataLoader or 'synthetic'")
@@ -156,6 +162,9 @@ def compress(
     narrow, plan = METHODS[method](work)
     if recalibrate_norm:
         recalibrate_norms(narrow, (images.to(example_input.dtype) for images in batches))
+    if finetune:
+        floating = next(parameter.dtype for parameter in narrow.parameters())
+        distill(narrow, evaluated(model).to(floating), [images.to(floating) for images in batches], finetune, seed)
     return CompressionResult(narrow, report, plan, keeps)
 
 

@@ -1,0 +1,53 @@
+"""Fine-tuning without labels: the narrow network learns the original's predictions on calibration images."""
+
+from collections.abc import Sequence
+
+import torch
+from rich import get_console
+from rich.progress import track
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nm_lightning.compression.follow import BATCH_NORMS
+
+RATE = 3e-4  # of Adam, at the start; it falls to zero along a cosine
+TEMPERATURE = 2.0
+
+
+def distill(narrow: nn.Module, original: nn.Module, batches: Sequence[Tensor], epochs: int, seed: int = 0) -> None:
+    """Train `narrow` in place on the Kullback-Leibler divergence from `original`'s softened predictions.
+
+    After Hinton et al., "Distilling the Knowledge in a Neural Network", 2015. BatchNorms keep their statistics.
+
+    Args:
+        narrow: the compressed network; parameters that ask for no gradient stay.
+        original: the network as it was, in evaluation mode; it is only read.
+        batches: images as the network reads them.
+        epochs: passes over them.
+        seed: of the batches' order.
+    """
+    wanted = [parameter for parameter in narrow.parameters() if parameter.requires_grad]
+    if not epochs or not wanted:
+        return
+    modes = [(module, module.training) for module in narrow.modules()]
+    narrow.train()
+    for module in narrow.modules():
+        if isinstance(module, BATCH_NORMS):
+            module.eval()
+    with torch.no_grad():
+        targets = [(original(images) / TEMPERATURE).log_softmax(dim=-1) for images in batches]
+    optimiser = torch.optim.Adam(wanted, lr=RATE)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, epochs * len(batches))
+    generator = torch.Generator().manual_seed(seed)
+    order = [index for _ in range(epochs) for index in torch.randperm(len(batches), generator=generator).tolist()]
+    with torch.enable_grad():
+        for index in track(order, "distilling", transient=True, disable=not get_console().is_terminal):
+            predicted = (narrow(batches[index]) / TEMPERATURE).log_softmax(dim=-1)
+            loss = F.kl_div(predicted, targets[index], reduction="batchmean", log_target=True)
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            optimiser.step()
+            schedule.step()
+    optimiser.zero_grad(set_to_none=True)
+    for module, training in modes:
+        module.training = training
