@@ -359,3 +359,29 @@ def test_widths_of_groups_are_multiples():
     with pytest.raises(InputError, match="multiple of 4"):
         compress(model, torch.zeros(IMAGE), widths={"0": 6})
     assert compress(model, torch.zeros(IMAGE), ratio=0.99).model[0].out_channels == 4
+
+
+@pytest.mark.parametrize("method", ["merge", "reconstruct"])
+def test_the_result_trains_like_any_network(method, tmp_path):
+    """Compiled, wrapped in DDP, pickled: the same outputs; its parameters get gradients and an optimiser's step."""
+    import torchvision
+
+    torch.manual_seed(0)
+    model = torchvision.models.resnet18(num_classes=10).eval()
+    x = torch.randn(8, 3, 32, 32)
+    narrow = compress(model, x[:1], method, ratio=0.5, scope="all", calibration=x).model
+    expected = narrow(x)
+    torch.testing.assert_close(torch.compile(narrow, backend="aot_eager")(x), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(narrow))(x), expected)
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(copy.deepcopy(narrow).train())
+        optimiser = torch.optim.SGD(wrapped.parameters(), lr=0.1)
+        F.cross_entropy(wrapped(x), torch.arange(8)).backward()
+        assert all(parameter.grad is not None for parameter in wrapped.parameters())
+        optimiser.step()
+        again = compress(wrapped.eval(), x[:1], method, ratio=0.5, scope="all", calibration=x)
+        assert again.model(x).shape == (8, 10)
+    finally:
+        torch.distributed.destroy_process_group()
