@@ -26,6 +26,8 @@ def batches_of(calibration: Tensor | Iterable | str, example: Tensor, size: int 
     Raises:
         InputError: no images, or images of another shape.
     """
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise InputError(f"calibration_size {size!r}: give a whole number from 1")
     if isinstance(calibration, str):
         if calibration != SYNTHETIC:
             raise InputError(f"calibration {calibration!r}: give a tensor, a DataLoader or {SYNTHETIC!r}")
@@ -34,15 +36,20 @@ def batches_of(calibration: Tensor | Iterable | str, example: Tensor, size: int 
         images = dead_leaves(size, tuple(example.shape[1:]), seed) * 4 - 2  # about a normalised image's range
     elif isinstance(calibration, Tensor):
         images = calibration[:size]
+    elif not isinstance(calibration, Iterable):
+        raise InputError(f"calibration is of type {type(calibration).__name__}: give a tensor or a DataLoader")
     else:
         parts, count = [], 0
         for batch in calibration:
-            parts.append(batch[0] if isinstance(batch, (tuple, list)) else batch)
-            count += len(parts[-1])
+            part = batch[0] if isinstance(batch, (tuple, list)) and len(batch) else batch
+            if not isinstance(part, Tensor):
+                raise InputError(f"calibration gives a {type(part).__name__}: give batches that are tensors")
+            parts.append(part)
+            count += len(part)
             if count >= size:
                 break
         images = torch.cat(parts)[:size] if parts else example[:0]
-    if not len(images):
+    if not images.ndim or not len(images):
         raise InputError("calibration has no images")
     if images.shape[1:] != example.shape[1:]:
         raise InputError(
@@ -53,6 +60,7 @@ def batches_of(calibration: Tensor | Iterable | str, example: Tensor, size: int 
     each = images[0].numel() * images.element_size()
     low = example.dtype in (torch.float16, torch.bfloat16)
     images = images.to(example.device, torch.float32 if low else example.dtype)
+    images = images.clone()  # the caller's stay as they are
     return list(images.split(max(1, min(128, BATCH_BYTES // each))))
 
 
@@ -109,14 +117,23 @@ def dead_leaves(count: int, shape: tuple[int, int, int], seed: int = 0, leaves: 
 @torch.no_grad()
 def recalibrate_norms(model: nn.Module, batches: Iterable[Tensor]) -> None:
     """Estimate the running statistics of all BatchNorms anew on images, in place."""
+    batches = list(batches)
+    if sum(map(len, batches)) < 2:
+        raise InputError("recalibrate_norm: one image has no variance; give more calibration images")
+    if any(len(batch) == 1 for batch in batches):
+        batches = list(torch.cat(batches).split(2))
+        batches[-2:] = [torch.cat(batches[-2:])] if len(batches[-1]) == 1 else batches[-2:]
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
     norms = [module for module in model.modules() if isinstance(module, BATCH_NORMS) and module.track_running_stats]
-    settings = [(norm, norm.training, norm.momentum) for norm in norms]
+    momenta = [(norm, norm.momentum) for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
         norm.train()
         norm.momentum = None  # the mean over all batches
     for batch in batches:
-        if len(batch) > 1:
-            model(batch)
-    for norm, training, momentum in settings:
-        norm.training, norm.momentum = training, momentum
+        model(batch.clone())
+    for norm, momentum in momenta:
+        norm.momentum = momentum
+    for module, training in modes:
+        module.training = training

@@ -9,9 +9,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nm_lightning.compression.follow import BATCH_NORMS
+from nm_lightning.errors import InputError
 
 RATE = 3e-4  # of Adam, at the start; it falls to zero along a cosine
 TEMPERATURE = 2.0
+
+
+def check_logits(logits: object) -> Tensor:
+    """The logits `(N, ..., classes)` themselves.
+
+    Raises:
+        InputError: the network gives something else.
+    """
+    if not isinstance(logits, Tensor) or logits.ndim < 2 or not logits.is_floating_point():
+        kind = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise InputError(f"the network gives {kind}: criterion output, targets and finetune need logits (N, classes)")
+    return logits
 
 
 def distill(narrow: nn.Module, original: nn.Module, batches: Sequence[Tensor], epochs: int, seed: int = 0) -> None:
@@ -35,14 +48,16 @@ def distill(narrow: nn.Module, original: nn.Module, batches: Sequence[Tensor], e
         if isinstance(module, BATCH_NORMS):
             module.eval()
     with torch.no_grad():
-        targets = [(original(images) / TEMPERATURE).log_softmax(dim=-1) for images in batches]
+        targets = [(check_logits(original(images.clone())) / TEMPERATURE).log_softmax(dim=-1) for images in batches]
     optimiser = torch.optim.Adam(wanted, lr=RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, epochs * len(batches))
     generator = torch.Generator().manual_seed(seed)
     order = [index for _ in range(epochs) for index in torch.randperm(len(batches), generator=generator).tolist()]
-    with torch.enable_grad():
+    device = batches[0].device
+    with torch.enable_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)  # of dropout
         for index in track(order, "distilling", transient=True, disable=not get_console().is_terminal):
-            predicted = (narrow(batches[index]) / TEMPERATURE).log_softmax(dim=-1)
+            predicted = (narrow(batches[index].clone()) / TEMPERATURE).log_softmax(dim=-1)
             loss = F.kl_div(predicted, targets[index], reduction="batchmean", log_target=True)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()

@@ -188,17 +188,19 @@ def _by_channel(work: Work) -> tuple[nn.Module, Plan]:
             row.note = f"pruned, not reconstructed: {first.name} reads it in groups, or is no layer of its own"
             continue
 
-        def add(layer: nn.Module, args: tuple, site: Site = site) -> None:
+        def add(layer: nn.Module, args: tuple, kwargs: dict, site: Site = site) -> None:
             name, positions = site.name, site.consumers[0].positions()
             dim = 1 if isinstance(layer, CONVOLUTIONS) else -1
-            entries = args[0].movedim(dim, -1).flatten(0, -2)[:, positions]  # (entries, n, positions of each)
+            entries = (
+                (args[0] if args else kwargs["input"]).movedim(dim, -1).flatten(0, -2)[:, positions]
+            )  # (entries, n, positions of each)
             entries = entries.transpose(1, 2).flatten(0, 1)
             grams[name] = grams.get(name, 0.0) + (entries.T @ entries).double()
 
-        handles.append(network.get_submodule(first.name).register_forward_pre_hook(add))
+        handles.append(network.get_submodule(first.name).register_forward_pre_hook(add, with_kwargs=True))
     with torch.no_grad():
         for batch in work.batches:
-            network(batch)
+            network(batch.clone())
     for handle in handles:
         handle.remove()
     for site, _, keep in work.shrinking:
@@ -214,7 +216,8 @@ def _by_layer(work: Work) -> tuple[nn.Module, Plan]:
     plan = plan_sites(work.sites, work.keeps)
     original = evaluated(work.model)
     narrow = copy.deepcopy(original)
-    errors, refused = reconstruct(original, narrow, work.sites, work.keeps, work.batches, work.options.ridge)
+    sites = [site for site, _, _ in work.shrinking]
+    errors, refused = reconstruct(original, narrow, sites, work.keeps, work.batches, work.options.ridge)
     for site, row, _ in work.shrinking:
         names = [consumer.name for consumer in site.consumers]
         row.error = max((errors[name] for name in names if name in errors), default=None)

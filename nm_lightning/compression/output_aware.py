@@ -13,10 +13,12 @@ from rich import get_console
 from rich.progress import track
 from torch import Tensor, nn
 
+from nm_lightning.compression.distill import check_logits
 from nm_lightning.compression.follow import CONVOLUTIONS
 from nm_lightning.compression.reconstruct import factorise, read_patches
 from nm_lightning.compression.select import keep_of
 from nm_lightning.compression.sites import Consumer, Site
+from nm_lightning.errors import InputError
 
 WIDE = 1200  # columns, with all taps, above which a convolution's taps are taken to be alike
 
@@ -37,19 +39,23 @@ class Watch:
         self.gram: Tensor | float = 0.0
         self.fisher: Tensor | float = 0.0
         self.images = 0
-        self.handles = [layer.register_forward_pre_hook(self.read), layer.register_forward_hook(self.write)]
+        self.handles = [
+            layer.register_forward_pre_hook(self.read, with_kwargs=True),
+            layer.register_forward_hook(self.write),
+        ]
 
-    def read(self, layer: nn.Module, args: tuple) -> None:
+    def read(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
         """Add what the layer reads."""
+        images = args[0] if args else kwargs["input"]
         with torch.no_grad():
             if self.alike:
-                patches = args[0].movedim(1, -1).flatten(0, -2)
+                patches = images.movedim(1, -1).flatten(0, -2)
                 patches = torch.cat([patches, patches.new_ones(len(patches), 1)], dim=1)
             else:
                 every = torch.ones(self.columns, dtype=torch.bool)
-                (patches,) = read_patches(layer, args[0], every)
+                (patches,) = read_patches(layer, images, every)
             self.gram = self.gram + (patches.T @ patches).double()
-            self.images += len(args[0])
+            self.images += len(images)
 
     def write(self, layer: nn.Module, args: tuple, output: Tensor) -> None:
         """Add the squared gradient at the output when it comes."""
@@ -130,20 +136,24 @@ def watch(model: nn.Module, sites: Sequence[Site], batches: Sequence[Tensor], se
     fit = [site for site in sites if all(_fits(site, consumer, layers) for consumer in site.consumers)]
     watches = {consumer.name: Watch(layers[consumer.name]) for site in fit for consumer in site.consumers}
     wanting = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in wanting:
-        parameter.requires_grad_(False)
     device = batches[0].device
-    with torch.enable_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        for batch in track(batches, "selecting", transient=True, disable=not get_console().is_terminal):
-            logits = model(batch.clone().requires_grad_()).float()
-            drawn = torch.distributions.Categorical(logits=logits.detach()).sample()
-            nn.functional.cross_entropy(logits.flatten(0, -2), drawn.flatten(), reduction="sum").backward()
-    for parameter in wanting:
-        parameter.requires_grad_(True)
-    for each in watches.values():
-        for handle in each.handles:
-            handle.remove()
+    try:
+        if not batches[0].is_floating_point():
+            raise InputError("criterion output and targets need gradients, the network's inputs are whole numbers")
+        for parameter in wanting:
+            parameter.requires_grad_(False)
+        with torch.enable_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            for batch in track(batches, "selecting", transient=True, disable=not get_console().is_terminal):
+                logits = check_logits(model(batch.clone().requires_grad_().clone())).float()
+                drawn = torch.distributions.Categorical(logits=logits.detach()).sample()
+                nn.functional.cross_entropy(logits.flatten(0, -2), drawn.flatten(), reduction="sum").backward()
+    finally:
+        for parameter in wanting:
+            parameter.requires_grad_(True)
+        for each in watches.values():
+            for handle in each.handles:
+                handle.remove()
     return watches
 
 

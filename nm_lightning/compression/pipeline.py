@@ -38,6 +38,7 @@ class CompressionResult:
     keep: dict[str, Tensor]
 
 
+@torch.inference_mode(False)
 def compress(
     model: nn.Module,
     example_input: Tensor,
@@ -161,10 +162,11 @@ def compress(
     work = Work(narrow, chosen, keeps, report, options, batches)
     narrow, plan = METHODS[method](work)
     if recalibrate_norm:
-        recalibrate_norms(narrow, (images.to(example_input.dtype) for images in batches))
+        recalibrate_norms(narrow, [images.to(example_input.dtype) for images in batches])
     if finetune:
         floating = next(parameter.dtype for parameter in narrow.parameters())
-        distill(narrow, evaluated(model).to(floating), [images.to(floating) for images in batches], finetune, seed)
+        seen = [images.to(floating) if images.is_floating_point() else images for images in batches]
+        distill(narrow, evaluated(model).to(floating), seen, finetune, seed)
     return CompressionResult(narrow, report, plan, keeps)
 
 
@@ -186,15 +188,17 @@ def _wins(
     batches: Sequence[Tensor],
 ) -> bool:
     """Whether the first choice of survivors leaves the network's predictions less changed, on held-out images."""
+    if len(batches) == 1:
+        batches = batches[0].split((len(batches[0]) + 1) // 2)
     half = max(1, len(batches) // 4)
     seen, held_out = batches[:half], batches[-half:]
     original, divergences = evaluated(model), []
     for keeps in (first, second):
         report = Report([SiteReport(site.name, site.width, len(keeps[site.name]), options.method) for site in sites])
-        narrow, _ = METHODS[options.method](Work(model, sites, keeps, report, options, seen))
-        narrow.float().eval()
+        narrow, _ = METHODS[options.method](Work(plain_copy(model)[0], sites, keeps, report, options, seen))
+        narrow.to(seen[0].dtype).eval()
         with torch.no_grad():
-            pairs = [(narrow(images).log_softmax(-1), original(images).log_softmax(-1)) for images in held_out]
+            pairs = [(narrow(x.clone()).log_softmax(-1), original(x.clone()).log_softmax(-1)) for x in held_out]
         divergences.append(sum(F.kl_div(*pair, reduction="sum", log_target=True) for pair in pairs))
     return bool(divergences[0] <= divergences[1])
 

@@ -52,11 +52,13 @@ class Join:
     Attributes:
         end: the node.
         scale: `(out,)`, what a unit of the layer's output is there; None for 1.
+        norm: the BatchNorm directly behind the layer, if it can take a constant.
         limit: the value above which a rectifier cuts what it reads there, infinite for ReLU; None without one.
     """
 
     end: fx.Node
     scale: Tensor | None
+    norm: nn.Module | None
     limit: float | None
 
 
@@ -107,17 +109,25 @@ def reconstruct(
             else:
                 columns[consumer.name] = columns.get(consumer.name, True) & stays
     tasks = find_tasks(graph, original, columns, refused, calls)
+    found_norms = narrow_norms(original, sites, keeps)
+    constants = [node.target for node in graph.nodes if node.op == "get_attr" and "." not in node.target]
+    constants = [name for name in constants if not hasattr(wide, name)]  # fx hangs tensors of the forward's code there
+    for name in constants:
+        setattr(wide, name, getattr(original, name))
+    switched = without_in_place(graph, original, wide)
     wanted, found = Run(original, graph, batches), Run(wide, graph, batches)
-    found.norms = narrow_norms(original, sites, keeps)
-    switched = without_in_place(original) + without_in_place(wide)
+    found.norms = found_norms
+    shapes = shapes_of(Run(original, graph, [batches[0][:2]]))
     pending = {task.node for task in tasks}
     errors = {}
     for task in track(tasks, "reconstructing", transient=True, disable=not get_console().is_terminal):
         pending.discard(task.node)
-        join = find_join(task, original, pending)
+        join = find_join(task, original, pending, shapes, calls)
         errors[task.layer] = solve_layer(task, join, wide, wanted, found, ridge, rectify)
     for module in switched:
         module.inplace = True
+    for name in constants:
+        delattr(wide, name)
     return errors, refused
 
 
@@ -141,14 +151,22 @@ def narrow_norms(original: nn.Module, sites: Sequence[Site], keeps: Mapping[str,
     if not mixing:
         return {}
     narrow = apply_plan(plain_copy(original)[0], plan_sites(sites, keeps))
+    masks: dict[str, Tensor] = {}  # a norm may read several sites
+    for site, member in mixing:
+        stays = torch.isin(member.owner, keeps[site.name]) | (member.owner < 0)
+        masks[member.name] = masks.get(member.name, True) & stays
+    axes = {member.name: member.axis for _, member in mixing}
     return {
-        member.name: NarrowNorm(
-            narrow.get_submodule(member.name),
-            member.axis,
-            (torch.isin(member.owner, keeps[site.name]) | (member.owner < 0)).nonzero().flatten(),
-        )
-        for site, member in mixing
+        name: NarrowNorm(narrow.get_submodule(name), axes[name], stays.nonzero().flatten())
+        for name, stays in masks.items()
     }
+
+
+def shapes_of(run: Run) -> dict[fx.Node, torch.Size]:
+    """The shape of each node's value that is a tensor, for the first batch."""
+    first, *nodes, _ = run.nodes
+    run.env = {first: run.batches[0].clone()}
+    return {node: value.shape for node in nodes if isinstance(value := run.value(node), Tensor)}
 
 
 def find_tasks(
@@ -177,20 +195,30 @@ def find_tasks(
     return tasks
 
 
-def find_join(task: Task, model: nn.Module, pending: set[fx.Node]) -> Join:
+def find_join(
+    task: Task,
+    model: nn.Module,
+    pending: set[fx.Node],
+    shapes: Mapping[fx.Node, torch.Size],
+    calls: Mapping[str, int],
+) -> Join:
     """Follow a layer's output through norms and additions, as long as nothing else reads it."""
-    node, scale = task.node, None
+    node, scale, norm = task.node, None, None
+    by_channel = isinstance(model.get_submodule(task.layer), CONVOLUTIONS) or len(shapes[node]) == 2
     while len(node.users) == 1:
         (user,) = node.users
         module = model.get_submodule(user.target) if user.op == "call_module" else None
         operation = operation_name(user, module)
-        if isinstance(module, BATCH_NORMS) and module.running_var is not None:
+        if shapes.get(user) != shapes[task.node]:
+            break
+        if isinstance(module, BATCH_NORMS) and module.running_var is not None and by_channel:
+            norm = user.target if node is task.node and calls[user.target] == 1 else norm
             own = torch.rsqrt(module.running_var + module.eps)
             own = own if module.weight is None else own * module.weight
             scale = own if scale is None else scale * own
         elif operation in ("add", "iadd"):
             others = [source for source in user.all_input_nodes if source is not node]
-            if len(others) != 1 or len(user.args) != 2 or not known(others[0], task.node, pending):
+            if len(others) != 1 or len(user.args) != 2 or user.kwargs or not known(others[0], task.node, pending):
                 break
         elif operation not in SAME:
             break
@@ -198,7 +226,7 @@ def find_join(task: Task, model: nn.Module, pending: set[fx.Node]) -> Join:
     readers = {operation_name(user, model.get_submodule(user.target) if user.op == "call_module" else None)
                for user in node.users}  # fmt: skip
     limit = RECTIFIERS.get(next(iter(readers))) if len(readers) == 1 else None
-    return Join(node, scale, limit)
+    return Join(node, scale, norm, limit)
 
 
 def known(node: fx.Node, task: fx.Node, pending: set[fx.Node]) -> bool:
@@ -220,7 +248,7 @@ def solve_layer(task: Task, join: Join, wide: nn.Module, wanted: Run, found: Run
     groups, out = getattr(layer, "groups", 1), layer.weight.shape[0]
     scale = layer.weight.new_ones(out) if join.scale is None else join.scale
     alive = scale.abs() > DEAD * scale.abs().max()
-    (source,) = task.node.args[:1]
+    source = task.node.all_input_nodes[0]
     gram, share = None, 0.0
     for step in range(1 + (rectify if join.limit is not None else 0)):
         cross, missing, energy, fresh = 0.0, 0.0, 0.0, 0.0
@@ -252,7 +280,7 @@ def solve_layer(task: Task, join: Join, wide: nn.Module, wanted: Run, found: Run
         change = change.transpose(1, 2).reshape(out, -1)  # (out, taps * kept + 1)
         change = torch.where(alive[:, None], change / scale[:, None], 0.0).to(layer.weight.dtype)
         add_columns(layer.weight, task.stays.to(layer.weight.device), change[:, :-1], groups)
-        add_constant(layer, task, wide, change[:, -1])
+        add_constant(layer, wide.get_submodule(join.norm) if join.norm else None, change[:, -1])
     return share
 
 
@@ -266,7 +294,8 @@ def read_patches(layer: nn.Module, images: Tensor, stays: Tensor, groups: int = 
         groups: of the convolution.
     """
     if isinstance(layer, nn.Linear):
-        parts = [images if bool(stays.all()) else images[..., stays]]
+        images = images if bool(stays.all()) else images[..., stays]
+        parts = [images if type(layer) is nn.Linear else _probe(layer, images, torch.eye(images.shape[-1]))]
     else:
         images = images if bool(stays.all()) else images[:, stays]
         parts = _taps(layer, images)
@@ -308,14 +337,21 @@ def _taps(layer: nn.Module, images: Tensor) -> list[Tensor]:
             reach = (size - dilation * (kernel - 1) - 1) // stride * stride + 1
             spans.append([slice(tap * dilation, tap * dilation + reach, stride) for tap in range(kernel)])
         return [images[(slice(None), *span)] for span in itertools.product(*spans)]
-    probe = copy.copy(layer)  # a forward of its own, such as another padding: its weight is one tap at a time
     taps = layer.weight[0, 0].numel()
     eye = torch.eye(taps, dtype=images.dtype, device=images.device).view(taps, 1, *layer.weight.shape[2:])
-    probe._parameters = {**layer._parameters, "weight": eye, "bias": None}
-    probe.in_channels, probe.out_channels, probe.groups = 1, taps, 1
-    each = probe.forward(images.flatten(0, 1).unsqueeze(1))  # (N * channels, taps, ...), past the layer's hooks
+    sizes = {"in_channels": 1, "out_channels": taps, "groups": 1}
+    each = _probe(layer, images.flatten(0, 1).unsqueeze(1), eye, **sizes)  # (N * channels, taps, ...)
     each = each.unflatten(0, images.shape[:2]).movedim(1, -1)  # (N, taps, ..., channels)
     return list(each.unbind(1))
+
+
+def _probe(layer: nn.Module, images: Tensor, weight: Tensor, **sizes: int) -> Tensor:
+    """What a forward of the user's own, such as another padding, does to a given weight; its hooks are not called."""
+    probe = copy.copy(layer)
+    probe._parameters = {**layer._parameters, "weight": weight.to(images), "bias": None}
+    for name, size in sizes.items():
+        setattr(probe, name, size)
+    return probe.forward(images)
 
 
 def factorise(gram: Tensor, penalty: Tensor) -> Tensor:
@@ -337,14 +373,11 @@ def add_columns(weight: Tensor, stays: Tensor, change: Tensor, groups: int) -> N
         part[:, own] += block.reshape(*block.shape[:2], *weight.shape[2:])
 
 
-def add_constant(layer: nn.Module, task: Task, wide: nn.Module, shift: Tensor) -> None:
+def add_constant(layer: nn.Module, norm: nn.Module | None, shift: Tensor) -> None:
     """Add `(out,)` to a layer's output: in its bias, else in its norm's mean, else in a bias that is made for it."""
     if layer.bias is not None:
         layer.bias += shift
-        return
-    users = list(task.node.users)
-    behind = wide.get_submodule(users[0].target) if len(users) == 1 and users[0].op == "call_module" else None
-    if isinstance(behind, BATCH_NORMS) and behind.running_mean is not None:
-        behind.running_mean -= shift
+    elif norm is not None:
+        norm.running_mean -= shift
     else:
         layer.bias = nn.Parameter(shift.clone(), requires_grad=layer.weight.requires_grad)

@@ -70,7 +70,7 @@ class Run(fx.Interpreter):
             for position in range(start, until):
                 node = self.nodes[position]
                 if node not in env and self.last[node] >= position:
-                    env[node] = batch if position == 0 else self.run_node(node)
+                    env[node] = batch.clone() if position == 0 else self.run_node(node)
                 for done in [node, *node.all_input_nodes]:
                     if self.last[done] <= position:
                         env.pop(done, None)
@@ -90,11 +90,6 @@ class Run(fx.Interpreter):
             self.env[node] = self.run_node(node)
         return self.env[node]
 
-    def call_function(self, target: Any, args: tuple, kwargs: dict) -> Any:
-        """The same function, but never in place: the values of other nodes stay what they are."""
-        kwargs = {**kwargs, "inplace": False} if "inplace" in kwargs else kwargs
-        return super().call_function(NOT_IN_PLACE.get(target, target), args, kwargs)
-
     def call_module(self, target: str, args: tuple, kwargs: dict) -> Any:
         """The layer, or the narrow norm in its place."""
         return self.norms[target](*args) if target in self.norms else super().call_module(target, args, kwargs)
@@ -104,9 +99,30 @@ class Run(fx.Interpreter):
         return args[0] if args else None
 
 
-def without_in_place(model: nn.Module) -> list[nn.Module]:
-    """Switch in-place activations off; returns them."""
-    changed = [module for module in model.modules() if getattr(module, "inplace", False)]
-    for module in changed:
+def without_in_place(graph: fx.Graph, *models: nn.Module) -> list[nn.Module]:
+    """Rewrite a graph, and switch its modules, so that no operation changes another node's value; returns the modules.
+
+    Who reads a value after it was changed reads the change's result instead.
+    """
+    order = {node: position for position, node in enumerate(graph.nodes)}
+    for node in list(graph.nodes):
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        layer = models[0].get_submodule(node.target) if node.op == "call_module" else None
+        writes = bool(getattr(layer, "inplace", False) or node.kwargs.get("inplace"))
+        if node.op == "call_function" and node.target in NOT_IN_PLACE:
+            writes, node.target = True, NOT_IN_PLACE[node.target]
+        elif node.op in ("call_method", "call_function") and name.endswith("_") and not name.endswith("__"):
+            homes = [torch.Tensor] if node.op == "call_method" else [torch, nn.functional]
+            found = next((getattr(home, name[:-1]) for home in homes if hasattr(home, name[:-1])), None)
+            if found is not None:
+                writes, node.target = True, name[:-1] if node.op == "call_method" else found
+        if writes:
+            if "inplace" in node.kwargs:
+                node.kwargs = {**node.kwargs, "inplace": False}
+            changed = node.args[0] if node.args else None
+            if isinstance(changed, fx.Node):
+                changed.replace_all_uses_with(node, lambda user, here=order[node]: order[user] > here)
+    switched = [module for model in models for module in model.modules() if getattr(module, "inplace", False)]
+    for module in switched:
         module.inplace = False
-    return changed
+    return switched
