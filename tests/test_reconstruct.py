@@ -347,6 +347,128 @@ def test_finetuning_learns_the_originals_predictions(method, share):
         compress(model, x[:1], finetune=-1, **settings)
 
 
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return F.linear(x, self.weight * 3, self.bias)
+
+
+def rewritten(model, x):
+    """In-place operations whose results are dropped, read again, or read under the old name."""
+    x = model.stem(x)
+    F.relu_(x)
+    x = x.add_(model.mix(x)).relu_()
+    z = model.inplace(x)
+    return model.head((model.last(z) + x).mean(dim=(2, 3)))
+
+
+STRANGE = {
+    "in place": rewritten,
+    "a constant in the code": lambda m, x: m.head(
+        F.relu(m.mix(F.relu(m.stem(x - torch.tensor([0.1, 0.2, 0.3]).view(1, 3, 1, 1))))).mean(dim=(2, 3))
+    ),
+    "two sites in a mixing norm": lambda m, x: m.wide(
+        m.group(torch.cat([F.relu(m.stem(x)), F.relu(m.second(x))], dim=1)).mean(dim=(2, 3))
+    ),
+    "a broadcast addition": lambda m, x: m.head(
+        (s := F.relu(m.stem(x))).add(m.last(F.relu(m.mix(s.mean(dim=(2, 3), keepdim=True))))).mean(dim=(2, 3))
+    ),
+    "norm over tokens": lambda m, x: m.head(m.tokens(m.down(F.relu(m.up(m.stem(x).flatten(2).mT)))).mean(dim=1)),
+    "alpha": lambda m, x: m.head(torch.add(s := m.stem(x), m.last(F.relu(m.mix(s))), alpha=10).mean(dim=(2, 3))),
+    "one norm for two": lambda m, x: m.head(
+        m.last(F.relu(m.norm(m.mix(F.relu(m.norm(m.bare(F.relu(m.stem(x))))))))).mean(dim=(2, 3))
+    ),
+    "keywords": lambda m, x: m.head(input=F.relu(m.mix(input=F.relu(m.stem(input=x)))).mean(dim=(2, 3))),
+    "a linear that scales": lambda m, x: m.scaled(F.relu(m.up(F.relu(m.stem(x)).mean(dim=(2, 3))))),
+}
+
+
+class Strange(nn.Module):
+    """Layers for the forwards above."""
+
+    def __init__(self, function):
+        super().__init__()
+        torch.manual_seed(0)
+        self.function = function
+        self.stem, self.second = nn.Conv2d(3, 12, 3, padding=1), nn.Conv2d(3, 12, 3, padding=1)
+        self.mix, self.last = nn.Conv2d(12, 12, 3, padding=1, bias=False), nn.Conv2d(12, 12, 1, bias=False)
+        self.bare = nn.Conv2d(12, 12, 3, padding=1, bias=False)
+        self.norm, self.tokens, self.group = nn.BatchNorm2d(12), nn.BatchNorm1d(36), nn.GroupNorm(1, 24)
+        self.up, self.down, self.inplace = nn.Linear(12, 24), nn.Linear(24, 12), nn.ReLU(inplace=True)
+        self.head, self.wide, self.scaled = nn.Linear(12, 5), nn.Linear(24, 5), Scaled(24, 5)
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_strange_networks_are_never_worse_than_pruned(name):
+    model, x = Strange(STRANGE[name]).eval(), images(120, (3, 6, 6))
+    kept = x.clone()
+    scope = "all" if "norm" in name or "broadcast" in name else "hidden"
+
+    def error(method, **settings):
+        network = compress(model, x[:1], method, ratio=0.25, scope=scope, calibration=x, **settings).model
+        with torch.no_grad():
+            return float((network(x.clone()) - model(x.clone())).square().mean() / model(x.clone()).var())
+
+    assert model.inplace.inplace
+    pruned = error("prune")
+    assert error("reconstruct") <= max(0.5 * pruned, 1e-10)
+    for settings in ({"reconstruction": "channel"}, {"recalibrate_norm": True}):
+        assert error("reconstruct", **settings) < float("inf")
+    if name == "in place":  # PyTorch itself can't differentiate it
+        with pytest.raises(InputError, match="can be differentiated"):
+            error("reconstruct", criterion="output")
+    else:
+        assert error("reconstruct", criterion="output") < float("inf")
+    assert torch.equal(x, kept)
+    assert model.inplace.inplace
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_weight_read_outside_its_layer_stays():
+    """An output that is the embedding's own weight, transposed: its width is the network's output."""
+
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.enc, self.up, self.down = nn.Linear(16, 8), nn.Linear(8, 24), nn.Linear(24, 8)
+
+        def forward(self, x):
+            h = self.enc(x)
+            h = h + self.down(F.relu(self.up(h)))
+            return F.linear(h, self.enc.weight.t())
+
+    model, x = Tied(), torch.randn(40, 16)
+    for method in ("prune", "reconstruct"):
+        result = compress(model, x[:1], method, ratio=0.25, scope="all", calibration=x)
+        assert result.model(x).shape == (40, 16)
+        assert result.report.widths == {"up": 18}
+
+
+def test_logits_are_needed_where_predictions_are_compared():
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(6, 12), nn.Linear(12, 3)
+
+        def forward(self, x):
+            return self.down(F.relu(self.up(x))), x
+
+    model, x = Pair(), torch.randn(50, 6)
+    assert compress(model, x[:1], "reconstruct", ratio=0.5, calibration=x).report.widths == {"up": 6}
+    for settings in ({"criterion": "output"}, {"target_macs": 0.5}, {"finetune": 1}):
+        with pytest.raises(InputError, match="gives tuple"):
+            compress(model, x[:1], "reconstruct", calibration=x, **settings)
+        assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("size", [0, -3, 1.5, True])
+def test_bad_calibration_sizes_are_one_line(size):
+    with pytest.raises(InputError, match="calibration_size"):
+        batches_of(images(8), images(1), size)
+
+
 def test_synthetic_images_are_drawn_by_seed():
     first = dead_leaves(4, (3, 16, 16), seed=1)
     assert torch.equal(first, dead_leaves(4, (3, 16, 16), seed=1))

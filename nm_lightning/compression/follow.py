@@ -110,6 +110,7 @@ class Facts:
 
     blocks: dict[str, Tensor] = field(default_factory=dict)  # layer -> the names of the neurons it makes
     parameters: set[str] = field(default_factory=set)  # blocks that are a bare parameter
+    bare: set[str] = field(default_factory=set)  # tensors read outside any layer, as a weight that is transposed
     accesses: dict[tuple[str, str], Access] = field(default_factory=dict)  # by layer and kind
     axes: dict[tuple, Tensor] = field(default_factory=dict)  # tensor and dimension -> the neurons along it
     ties: list[Tie] = field(default_factory=list)
@@ -267,6 +268,8 @@ class Follower(fx.Interpreter):
         long = [dim for dim, size in enumerate(value.shape) if size > 1]
         used_as_layer = all(operation_name(user, None) in FUNCTIONAL for user in node.users)
         if len(long) != 1 or used_as_layer or not value.is_floating_point():
+            if not used_as_layer:
+                self.facts.bare.add(self.tensor_names.get(id(value), node.target))
             return _fixed(value)
         name = self.tensor_names.get(id(value), node.target)
         self.facts.parameters.add(name)
@@ -776,7 +779,7 @@ def _in_place(node: fx.Node, layer: nn.Module | None) -> bool:
     """Whether an operation writes into its input."""
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     writes = node.op in ("call_method", "call_function") and name.endswith("_") and not name.endswith("__")
-    return writes or bool(getattr(layer, "inplace", False) or node.kwargs.get("inplace", False))
+    return writes or bool(getattr(layer, "inplace", False) is True or node.kwargs.get("inplace", False))
 
 
 def where(node: fx.Node) -> str:

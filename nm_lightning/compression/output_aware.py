@@ -148,6 +148,9 @@ def watch(model: nn.Module, sites: Sequence[Site], batches: Sequence[Tensor], se
                 logits = check_logits(model(batch.clone().requires_grad_().clone())).float()
                 drawn = torch.distributions.Categorical(logits=logits.detach()).sample()
                 nn.functional.cross_entropy(logits.flatten(0, -2), drawn.flatten(), reduction="sum").backward()
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0][:200]
+        raise InputError(f"criterion output and targets need a network that can be differentiated: {reason}") from error
     finally:
         for parameter in wanting:
             parameter.requires_grad_(True)

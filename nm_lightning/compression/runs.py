@@ -108,7 +108,7 @@ def without_in_place(graph: fx.Graph, *models: nn.Module) -> list[nn.Module]:
     for node in list(graph.nodes):
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
         layer = models[0].get_submodule(node.target) if node.op == "call_module" else None
-        writes = bool(getattr(layer, "inplace", False) or node.kwargs.get("inplace"))
+        writes = bool(getattr(layer, "inplace", False) is True or node.kwargs.get("inplace"))
         if node.op == "call_function" and node.target in NOT_IN_PLACE:
             writes, node.target = True, NOT_IN_PLACE[node.target]
         elif node.op in ("call_method", "call_function") and name.endswith("_") and not name.endswith("__"):
@@ -122,7 +122,7 @@ def without_in_place(graph: fx.Graph, *models: nn.Module) -> list[nn.Module]:
             changed = node.args[0] if node.args else None
             if isinstance(changed, fx.Node):
                 changed.replace_all_uses_with(node, lambda user, here=order[node]: order[user] > here)
-    switched = [module for model in models for module in model.modules() if getattr(module, "inplace", False)]
+    switched = [module for model in models for module in model.modules() if getattr(module, "inplace", False) is True]
     for module in switched:
         module.inplace = False
     return switched

@@ -64,6 +64,10 @@ def trace(model: nn.Module, example_input: Tensor, scope: str = "hidden") -> Tra
             pass  # the network as it is evaluated is known
         hollow.eval()
     _check_own_forwards(model, facts)
+    for access in facts.accesses.values():
+        read = [tensor for tensor, _ in access.slots if tensor in facts.bare - facts.parameters]
+        if read:
+            facts.frozen.append((access.names[access.names != FIXED], f"{read[0]} is also read outside its layer"))
     found = _collect(facts, followers)
     _try_out(model, hollow, example, facts, found)
     if scope == "hidden":
