@@ -52,13 +52,13 @@ class Join:
     Attributes:
         end: the node.
         scale: `(out,)`, what a unit of the layer's output is there; None for 1.
-        norm: the BatchNorm directly behind the layer, if it can take a constant.
+        norm: the name of the BatchNorm directly behind the layer, if it can take a constant.
         limit: the value above which a rectifier cuts what it reads there, infinite for ReLU; None without one.
     """
 
     end: fx.Node
     scale: Tensor | None
-    norm: nn.Module | None
+    norm: str | None
     limit: float | None
 
 
