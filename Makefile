@@ -17,8 +17,8 @@ $(VENV)/ready: requirements.txt pyproject.toml
 
 demo: env  ## train on scikit-learn's digits, compress with every method, show table and plot
 	$(BIN)/python train.py --config configs/lenet_300_100_digits.yaml --trainer.enable_progress_bar false
-	$(BIN)/python compress.py --checkpoint runs/lenet_300_100_digits/best.ckpt --method prune merge \
-		--criterion l2-norm --ratio 0.5 0.6 0.7 0.8 --output runs/demo
+	$(BIN)/python compress.py --checkpoint runs/lenet_300_100_digits/best.ckpt --method prune merge reconstruct \
+		--criterion l2-norm --ratio 0.5 0.7 0.8 0.9 --output runs/demo
 
 test: env  ## style, doctests and tests
 	$(BIN)/ruff check .
