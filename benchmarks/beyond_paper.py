@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nm_lightning import compress
 from nm_lightning.cli.presets import preset
 from nm_lightning.cli.sources import open_source
 from nm_lightning.compression import cost
 from nm_lightning.data import build_data
+from nm_lightning.modules import evaluate
 
 DOCS = Path(__file__).parent.parent / "docs"
 FILES = {
@@ -114,15 +115,9 @@ class Bench:
         seconds = time.perf_counter() - start
         after = cost(result.model, self.images[:1])
         row = {"network": self.name, "cell": cell, "method": label, "seed": seed, "seconds": round(seconds, 1)}
-        row |= {"accuracy": accuracy(result.model, self.images, self.labels)}
+        batches = list(zip(self.images.split(250), self.labels.split(250), strict=True))
+        row |= {"accuracy": evaluate(result.model, batches)}
         return row | {"parameters": after.parameters, "macs": after.macs}
-
-
-@torch.inference_mode()
-def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """The share of images whose largest logit is their label's."""
-    pairs = zip(images.split(250), labels.split(250), strict=True)
-    return sum(int((model(part).argmax(dim=1) == truth).sum()) for part, truth in pairs) / len(labels)
 
 
 def gather(rows: list[dict]) -> dict[str, dict[str, dict[str, list[float]]]]:

@@ -73,7 +73,9 @@ class NeuronMergeCallback(Callback):
         replace: bool = False,
         filename: str = "compressed.ckpt",
     ):
-        options = Options(method, criterion, threshold, lamda, formulation, ridge=ridge)
+        options = Options(
+            method, criterion, threshold, lamda, formulation, ridge=ridge, recalibrate_norm=recalibrate_norm
+        )
         check_ratio(ratio)
         self.settings: dict[str, Any] = {
             "method": method,
@@ -89,7 +91,7 @@ class NeuronMergeCallback(Callback):
             "recalibrate_norm": recalibrate_norm,
             "calibration_size": calibration_size,
         }
-        self.calibration = calibration if options.looks or recalibrate_norm else None
+        self.calibration = calibration if options.looks else None
         self.replace, self.filename = replace, filename
         self.result: CompressionResult | None = None
 

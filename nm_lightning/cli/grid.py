@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from nm_lightning.compression import CompressionResult, compress, cost, trace
 from nm_lightning.compression.checkpoint import write
 from nm_lightning.compression.export import FORMATS, check_format, export
 from nm_lightning.compression.fold import compose, prefixed
-from nm_lightning.compression.methods import OUTPUT, RECONSTRUCT, Options
+from nm_lightning.compression.methods import Options
 from nm_lightning.compression.select import budget, check_ratio, check_target, choose
 from nm_lightning.errors import InputError
 from nm_lightning.modules import evaluate
@@ -51,18 +51,6 @@ class Grid:
     target_macs: float | None = None
     finetune: int = 0
     seed: int = 0
-
-    @property
-    def looks(self) -> bool:
-        """Whether some cell needs calibration images."""
-        targets = self.target_parameters is not None or self.target_macs is not None
-        return (
-            targets
-            or self.finetune != 0
-            or self.recalibrate_norm
-            or RECONSTRUCT in self.methods
-            or OUTPUT in self.criteria
-        )
 
 
 def run_grid(source: Source, grid: Grid, output: Path, device: str = "cpu") -> list[Result]:
@@ -99,19 +87,28 @@ def run_grid(source: Source, grid: Grid, output: Path, device: str = "cpu") -> l
     sites = choose(trace(network, example, grid.scope).sites, patterns)
     for name_of_format in grid.exports:
         check_format(name_of_format)
-    for method, criterion in itertools.product(grid.methods, grid.criteria):
-        options = Options(method, criterion, threshold, lamda, grid.formulation, grid.implementation)
-        replace(options, ridge=grid.ridge, reconstruction=grid.reconstruction).check_images(grid.calibration)
+    shared = {
+        "threshold": threshold,
+        "lamda": lamda,
+        "formulation": grid.formulation,
+        "implementation": grid.implementation,
+        "ridge": grid.ridge,
+        "reconstruction": grid.reconstruction,
+        "recalibrate_norm": grid.recalibrate_norm,
+        "finetune": grid.finetune,
+        "seed": grid.seed,
+    }
+    cells = [Options(method, criterion, **shared) for method in grid.methods for criterion in grid.criteria]
+    for options in cells:
+        options.check_images(grid.calibration)
     for name_of_target, share in targets.items():
         check_target(name_of_target, share)
     for ratio in ratios:
         check_ratio(ratio or 0)
         budget(sites, ratio or 0, widths, defaults.rounding)
 
-    if grid.finetune < 0:
-        raise InputError(f"finetune {grid.finetune}: give a whole number of epochs from 0")
     calibration = None
-    if grid.looks:
+    if targets or any(options.looks for options in cells):
         calibration = data.calibration_images(grid.calibration, grid.calibration_size, grid.seed)
 
     with _appearing(output) as folder:
@@ -137,20 +134,12 @@ def run_grid(source: Source, grid: Grid, output: Path, device: str = "cpu") -> l
                 widths=widths,
                 sites=patterns,
                 scope=grid.scope,
-                threshold=threshold,
-                lamda=lamda,
-                formulation=grid.formulation,
-                implementation=grid.implementation,
                 rounding=defaults.rounding,
                 calibration=calibration,
                 calibration_size=grid.calibration_size,
-                ridge=grid.ridge,
-                reconstruction=grid.reconstruction,
-                recalibrate_norm=grid.recalibrate_norm,
                 target_parameters=grid.target_parameters,
                 target_macs=grid.target_macs,
-                finetune=grid.finetune,
-                seed=grid.seed,
+                **shared,
             )
             seconds = time.perf_counter() - start
             label = "widths" if ratio is None else f"{ratio:g}"

@@ -13,6 +13,12 @@ SYNTHETIC = "synthetic"
 BATCH_BYTES = 6 << 20  # of one batch of images: ten photos; never more than 128
 
 
+def check_size(size: int) -> None:
+    """Raise `InputError` unless `size` is a number of images."""
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise InputError(f"calibration_size {size!r}: give a whole number from 1")
+
+
 def batches_of(calibration: Tensor | Iterable | str, example: Tensor, size: int = 1024, seed: int = 0) -> list[Tensor]:
     """The calibration images in batches as the network reads them.
 
@@ -26,8 +32,7 @@ def batches_of(calibration: Tensor | Iterable | str, example: Tensor, size: int 
     Raises:
         InputError: no images, or images of another shape.
     """
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise InputError(f"calibration_size {size!r}: give a whole number from 1")
+    check_size(size)
     if isinstance(calibration, str):
         if calibration != SYNTHETIC:
             raise InputError(f"calibration {calibration!r}: give a tensor, a DataLoader or {SYNTHETIC!r}")

@@ -16,7 +16,7 @@ from nm_lightning.compression.sites import Consumer, Site
 from nm_lightning.errors import InputError
 
 # {"slices": {tensor: [[dimension, groups, positions that stay], ...]}, "attributes": {"layer.attribute": length}},
-# and "biases": {layer: length} where a layer got one that it had not
+# and "biases": {layer: length before slicing} where a layer got one that it had not
 Plan = dict[str, dict[str, Any]]
 
 
@@ -135,7 +135,8 @@ def apply_plan(model: nn.Module, plan: Plan, folds: Mapping[str, Sequence[Fold]]
     """
     for name, length in plan.get("biases", {}).items():
         layer = model.get_submodule(name)
-        layer.bias = nn.Parameter(layer.weight.new_zeros(length), requires_grad=layer.weight.requires_grad)
+        if layer.bias is None:
+            layer.bias = nn.Parameter(layer.weight.new_zeros(length), requires_grad=layer.weight.requires_grad)
     homes: dict[int, list[tuple[dict, str]]] = defaultdict(list)  # where each tensor hangs, the shared ones too
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):

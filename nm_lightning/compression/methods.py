@@ -39,6 +39,8 @@ class Options:
     implementation: str = "fast"
     ridge: float = 1e-3
     reconstruction: str = "layer"
+    recalibrate_norm: bool = False
+    finetune: int = 0
     seed: int = 0
 
     @property
@@ -47,9 +49,13 @@ class Options:
         return "l2-norm" if self.criterion == OUTPUT else self.criterion
 
     @property
-    def looks(self) -> bool:
-        """Whether it needs calibration images."""
-        return self.method == RECONSTRUCT or self.criterion == OUTPUT
+    def looks(self) -> str:
+        """What needs calibration images; empty if nothing does."""
+        if self.method == RECONSTRUCT:
+            return f"method {self.method}"
+        if self.criterion == OUTPUT:
+            return f"criterion {self.criterion}"
+        return "recalibrate_norm" if self.recalibrate_norm else "finetune" if self.finetune else ""
 
     def check_images(self, calibration: str) -> None:
         """Raise `InputError` where synthetic images would lead astray: they say nothing of a network's predictions."""
@@ -68,6 +74,8 @@ class Options:
         ):
             if getattr(self, label) not in choices:
                 raise InputError(f"unknown {label} {getattr(self, label)!r}: choose from {', '.join(choices)}")
+        if isinstance(self.finetune, bool) or not isinstance(self.finetune, int) or self.finetune < 0:
+            raise InputError(f"finetune {self.finetune!r}: give a whole number of epochs from 0")
         for label, value in (("threshold", self.threshold or 0), ("lamda", self.lamda)):
             if not isinstance(value, (int, float)) or not 0 <= value <= 1:
                 raise InputError(f"{label} {value!r}: give a number from 0 to 1")
@@ -191,9 +199,8 @@ def _by_channel(work: Work) -> tuple[nn.Module, Plan]:
         def add(layer: nn.Module, args: tuple, kwargs: dict, site: Site = site) -> None:
             name, positions = site.name, site.consumers[0].positions()
             dim = 1 if isinstance(layer, CONVOLUTIONS) else -1
-            entries = (
-                (args[0] if args else kwargs["input"]).movedim(dim, -1).flatten(0, -2)[:, positions]
-            )  # (entries, n, positions of each)
+            images = args[0] if args else kwargs["input"]
+            entries = images.movedim(dim, -1).flatten(0, -2)[:, positions]  # (entries, n, positions of each)
             entries = entries.transpose(1, 2).flatten(0, 1)
             grams[name] = grams.get(name, 0.0) + (entries.T @ entries).double()
 
@@ -222,20 +229,15 @@ def _by_layer(work: Work) -> tuple[nn.Module, Plan]:
         names = [consumer.name for consumer in site.consumers]
         row.error = max((errors[name] for name in names if name in errors), default=None)
         row.note = next((f"pruned, not reconstructed: {refused[name]}" for name in names if name in refused), "")
-    made = {}
-    for name, layer in narrow.named_modules():
-        if getattr(layer, "bias", None) is not None and getattr(original.get_submodule(name), "bias", None) is None:
-            made[name], layer.bias = layer.bias.detach(), None
-    lengths = {}
-    for name, bias in made.items():
-        steps = plan["slices"].get(f"{name}.weight", [])
-        rows = next((stays for dim, _, stays in steps if dim == 0), range(len(bias)))
-        made[name] = bias[list(rows)]
-        lengths[name] = len(made[name])
-    plan = plan | ({"biases": lengths} if lengths else {})
+    before, made = named_tensors(original), {}
+    for name, bias in narrow.named_parameters():
+        if name not in before:
+            layer = name.removesuffix(".bias")
+            made[layer] = len(bias)
+            rows = [step for step in plan["slices"].get(f"{layer}.weight", []) if step[0] == 0]
+            plan["slices"] |= {name: rows} if rows else {}  # it shrinks with the layer's rows
+    plan |= {"biases": made} if made else {}
     apply_plan(narrow, plan)
-    for name, bias in made.items():
-        narrow.get_submodule(name).bias.data.copy_(bias)
     dtypes = {name: tensor.dtype for name, tensor in named_tensors(work.model).items()}
     for name, tensor in named_tensors(narrow).items():
         tensor.data = tensor.data.to(dtypes.get(name, dtypes.get(f"{name.removesuffix('bias')}weight", tensor.dtype)))

@@ -27,13 +27,12 @@ class Watch:
     """Sums over the images at one consumer: its inputs' Gram matrix and its outputs' Fisher information.
 
     Args:
-        layer: the consumer.
+        layer: the consumer, not grouped.
     """
 
     def __init__(self, layer: nn.Module):
         self.layer = layer
-        self.groups = getattr(layer, "groups", 1)
-        self.columns = layer.weight.shape[1] * self.groups
+        self.columns = layer.weight.shape[1]
         self.taps = layer.weight[0, 0].numel()
         self.alike = self.taps > 1 and self.columns * self.taps > WIDE
         self.gram: Tensor | float = 0.0
@@ -72,11 +71,7 @@ class Watch:
         positions = max(1, int(self.gram[-1, -1]) // max(1, self.images))
         scale = (self.fisher / (self.images * positions)).sqrt().to(self.gram) * counts.to(self.gram)
         weight = self.layer.weight.detach().to(self.gram)
-        weight = (
-            (weight * scale.view(-1, *[1] * (weight.ndim - 1))).flatten(2)
-            if weight.ndim > 2
-            else (weight * scale[:, None])[:, :, None]
-        )
+        weight = weight.reshape(*weight.shape[:2], -1) * scale[:, None, None]  # (out, columns, taps)
         rows = consumer.positions().to(weight.device)
         if self.alike:
             weight = weight.transpose(0, 1).flatten(1)

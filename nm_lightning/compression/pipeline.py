@@ -111,7 +111,19 @@ def compress(
       (2): Linear(in_features=4, out_features=2, bias=True)
     )
     """
-    options = Options(method, criterion, threshold, lamda, formulation, implementation, ridge, reconstruction, seed)
+    options = Options(
+        method=method,
+        criterion=criterion,
+        threshold=threshold,
+        lamda=lamda,
+        formulation=formulation,
+        implementation=implementation,
+        ridge=ridge,
+        reconstruction=reconstruction,
+        recalibrate_norm=recalibrate_norm,
+        finetune=finetune,
+        seed=seed,
+    )
     select.check_ratio(ratio)
     if not isinstance(example_input, Tensor):
         raise InputError(f"example_input is a {type(example_input).__name__}: give one tensor, a batch of images")
@@ -130,15 +142,10 @@ def compress(
         select.check_target(name, target)
     if isinstance(calibration, str):
         options.check_images(calibration)
-    if isinstance(finetune, bool) or not isinstance(finetune, int) or finetune < 0:
-        raise InputError(f"finetune {finetune!r}: give a whole number of epochs from 0")
-    if options.looks or recalibrate_norm or targets or finetune:
+    looks = options.looks or "".join(f"target_{name}" for name in targets)
+    if looks:
         if calibration is None:
-            what = "recalibrate_norm" if recalibrate_norm else "finetune"
-            what = f"criterion {criterion}" if criterion == OUTPUT else what
-            what = f"target_{next(iter(targets))}" if targets else what
-            what = f"method {method}" if method == RECONSTRUCT else what
-            raise InputError(f"{what} looks at images: give calibration, a tensor, a DataLoader or 'synthetic'")
+            raise InputError(f"{looks} looks at images: give calibration, a tensor, a DataLoader or 'synthetic'")
         batches = batches_of(calibration, example_input, calibration_size, seed)
     report = Report(skipped=found.skipped, remarks=notes)
     watches = {}

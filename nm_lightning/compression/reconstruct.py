@@ -36,13 +36,11 @@ class Task:
         node: its call in the graph.
         layer: its name.
         stays: `(columns,)`, whether each of the weight's columns, counted over all groups, is read.
-        narrowed: whether some are not.
     """
 
     node: fx.Node
     layer: str
     stays: Tensor
-    narrowed: bool
 
 
 @dataclass
@@ -109,14 +107,13 @@ def reconstruct(
             else:
                 columns[consumer.name] = columns.get(consumer.name, True) & stays
     tasks = find_tasks(graph, original, columns, refused, calls)
-    found_norms = narrow_norms(original, sites, keeps)
     constants = [node.target for node in graph.nodes if node.op == "get_attr" and "." not in node.target]
     constants = [name for name in constants if not hasattr(wide, name)]  # fx hangs tensors of the forward's code there
     for name in constants:
         setattr(wide, name, getattr(original, name))
     switched = without_in_place(graph, original, wide)
     wanted, found = Run(original, graph, batches), Run(wide, graph, batches)
-    found.norms = found_norms
+    found.norms = narrow_norms(original, sites, keeps)
     shapes = shapes_of(Run(original, graph, [batches[0][:2]]))
     pending = {task.node for task in tasks}
     errors = {}
@@ -143,10 +140,7 @@ def narrow_norms(original: nn.Module, sites: Sequence[Site], keeps: Mapping[str,
     """The normalisations that mix channels, as they are over the survivors alone."""
     layers = dict(original.named_modules())
     mixing = [
-        (site, member)
-        for site in sites
-        for member in site.passed
-        if isinstance(layers.get(member.name), MIXING_NORMS) and len(keeps[site.name]) < site.width
+        (site, member) for site in sites for member in site.passed if isinstance(layers.get(member.name), MIXING_NORMS)
     ]
     if not mixing:
         return {}
@@ -191,7 +185,7 @@ def find_tasks(
             width = layer.weight.shape[1] * groups
             if narrowed or (groups == 1 and node.target not in refused):
                 every = torch.ones(width, dtype=torch.bool)
-                tasks.append(Task(node, node.target, every if stays is None else stays, narrowed))
+                tasks.append(Task(node, node.target, every if stays is None else stays))
     return tasks
 
 

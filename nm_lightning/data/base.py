@@ -9,7 +9,7 @@ from pytorch_lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from nm_lightning.compression.calibration import SYNTHETIC, dead_leaves
+from nm_lightning.compression.calibration import SYNTHETIC, check_size, dead_leaves
 from nm_lightning.data.unlabelled import sample_folder
 from nm_lightning.errors import InputError
 
@@ -95,8 +95,7 @@ class ImageData(LightningDataModule):
         Raises:
             InputError: there are none.
         """
-        if size < 1:
-            raise InputError(f"calibration_size {size}: give at least 1")
+        check_size(size)
         if source == SYNTHETIC:
             images = dead_leaves(size, self.input_shape, seed).mul(255).round().byte()
         elif source == "data":

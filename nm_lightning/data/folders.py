@@ -13,7 +13,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import v2 as T
 
 from nm_lightning.data.base import ImageData, seeded_split
-from nm_lightning.data.unlabelled import open_image, sample_folder
+from nm_lightning.data.unlabelled import draw, open_image, sample_folder
 from nm_lightning.errors import InputError
 from nm_lightning.models.torchvision_zoo import transforms
 
@@ -104,8 +104,7 @@ class ImageFolders(ImageData):
         if "val" in has:
             raise InputError(f"no calibration images in {self.root}: it needs train/ or calibration/, or --calibration")
         images = self._part(None, "val")
-        drawn = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:size].tolist()
-        return torch.stack([images[index][0] for index in drawn])
+        return torch.stack([images[index][0] for index in draw(len(images), size, seed).tolist()])
 
     def _part(self, split: str | None, purpose: str) -> Any:
         """The images of a split's folder; without such folders a fifth of all, always the same, is the test set."""

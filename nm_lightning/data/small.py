@@ -12,6 +12,7 @@ from torchvision.transforms import v2 as T
 
 from nm_lightning.data import readers
 from nm_lightning.data.base import ImageData, seeded_split
+from nm_lightning.data.unlabelled import draw
 from nm_lightning.models.torchvision_zoo import transforms
 
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
@@ -103,7 +104,7 @@ class SmallImages(ImageData):
         """Training images without augmentation."""
         self.setup("fit")
         images = self.splits["train"].images
-        return images[torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:size]]
+        return images[draw(len(images), size, seed)]
 
     @staticmethod
     def collate(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -28,6 +28,15 @@ def open_image(path: str) -> Image.Image:
         raise InputError(f"{path} can't be read as an image ({reason}): replace or remove it") from error
 
 
+def draw(count: int, size: int, seed: int) -> Tensor:
+    """So many of `count` indices, in an order drawn by seed.
+
+    >>> draw(3, 5, seed=0).sort().values
+    tensor([0, 1, 2])
+    """
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:size]
+
+
 def sample_folder(folder: Path, size: int, seed: int, transform: Callable[[Image.Image], Tensor]) -> Tensor:
     """So many images, drawn by seed from a folder and all folders in it: `(size, C, H, W)`, fewer if there are fewer.
 
@@ -44,7 +53,7 @@ def sample_folder(folder: Path, size: int, seed: int, transform: Callable[[Image
     )
     if not files:
         raise InputError(f"calibration folder {str(folder)!r} has no images")
-    drawn = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed))[:size].tolist()
+    drawn = draw(len(files), size, seed).tolist()
     quiet = not get_console().is_terminal
     shown = track(sorted(drawn), "calibration images", transient=True, disable=quiet)
     return torch.stack([transform(open_image(files[index])) for index in shown])
