@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nm_lightning.compression.follow import BATCH_NORMS
+from nm_lightning.compression.prepare import modes_kept
 from nm_lightning.errors import InputError
 
 SYNTHETIC = "synthetic"
@@ -128,17 +129,15 @@ def recalibrate_norms(model: nn.Module, batches: Iterable[Tensor]) -> None:
     if any(len(batch) == 1 for batch in batches):
         batches = list(torch.cat(batches).split(2))
         batches[-2:] = [torch.cat(batches[-2:])] if len(batches[-1]) == 1 else batches[-2:]
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     norms = [module for module in model.modules() if isinstance(module, BATCH_NORMS) and module.track_running_stats]
     momenta = [(norm, norm.momentum) for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.train()
-        norm.momentum = None  # the mean over all batches
-    for batch in batches:
-        model(batch.clone())
+    with modes_kept(model):
+        model.eval()
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.train()
+            norm.momentum = None  # the mean over all batches
+        for batch in batches:
+            model(batch.clone())
     for norm, momentum in momenta:
         norm.momentum = momentum
-    for module, training in modes:
-        module.training = training

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nm_lightning.compression.follow import BATCH_NORMS
+from nm_lightning.compression.prepare import modes_kept
 from nm_lightning.errors import InputError
 
 RATE = 3e-4  # of Adam, at the start; it falls to zero along a cosine
@@ -42,11 +43,6 @@ def distill(narrow: nn.Module, original: nn.Module, batches: Sequence[Tensor], e
     wanted = [parameter for parameter in narrow.parameters() if parameter.requires_grad]
     if not epochs or not wanted:
         return
-    modes = [(module, module.training) for module in narrow.modules()]
-    narrow.train()
-    for module in narrow.modules():
-        if isinstance(module, BATCH_NORMS):
-            module.eval()
     with torch.no_grad():
         targets = [(check_logits(original(images.clone())) / TEMPERATURE).log_softmax(dim=-1) for images in batches]
     optimiser = torch.optim.Adam(wanted, lr=RATE)
@@ -54,7 +50,12 @@ def distill(narrow: nn.Module, original: nn.Module, batches: Sequence[Tensor], e
     generator = torch.Generator().manual_seed(seed)
     order = [index for _ in range(epochs) for index in torch.randperm(len(batches), generator=generator).tolist()]
     device = batches[0].device
-    with torch.enable_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+    forked = torch.random.fork_rng([device] if device.type == "cuda" else [])
+    with modes_kept(narrow), torch.enable_grad(), forked:
+        narrow.train()
+        for module in narrow.modules():
+            if isinstance(module, BATCH_NORMS):
+                module.eval()
         torch.manual_seed(seed)  # of dropout
         for index in track(order, "distilling", transient=True, disable=not get_console().is_terminal):
             predicted = (narrow(batches[index].clone()) / TEMPERATURE).log_softmax(dim=-1)
@@ -64,5 +65,3 @@ def distill(narrow: nn.Module, original: nn.Module, batches: Sequence[Tensor], e
             optimiser.step()
             schedule.step()
     optimiser.zero_grad(set_to_none=True)
-    for module, training in modes:
-        module.training = training

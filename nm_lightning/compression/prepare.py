@@ -1,7 +1,8 @@
 """Before the first room: a network without wrappers, its weights plain tensors."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,17 @@ def evaluated(model: nn.Module) -> nn.Module:
     if any(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in tensors):
         return copy.deepcopy(model).float().eval()
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors}).eval()
+
+
+@contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Each module is in training or evaluation mode afterwards as it was before."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def own_tensors(narrow: nn.Module, shared: Mapping[str, Tensor]) -> None:

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from nm_lightning.compression.prepare import modes_kept
+
 
 @dataclass
 class SiteReport:
@@ -86,10 +88,7 @@ def cost(model: nn.Module, example_input: Tensor) -> Cost:
     >>> cost(nn.Linear(4, 2), torch.zeros(1, 4))
     Cost(parameters=10, macs=8)
     """
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with modes_kept(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.eval()
         model(example_input[:1])
-    for module, mode in training.items():
-        module.training = mode
     return Cost(sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2)

@@ -8,6 +8,8 @@ from rich import get_console
 from rich.progress import track
 from torch import Tensor, nn
 
+from nm_lightning.compression.prepare import modes_kept
+
 
 def evaluate(
     model: nn.Module,
@@ -28,16 +30,14 @@ def evaluate(
     Returns:
         A fraction, exact to the image.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval().to(device)
     correct = total = 0
-    with torch.inference_mode():
+    model.to(device)  # out of inference mode, where it would make inference tensors of the parameters
+    with modes_kept(model), torch.inference_mode():
+        model.eval()
         for batch in track(loader, description, transient=True, disable=not get_console().is_terminal):
             images, labels = (part.to(device) for part in batch)
             if data is not None:
                 images, labels = data.on_after_batch_transfer((images, labels), 0)
             correct += int((model(images).argmax(dim=1) == labels).sum())
             total += len(labels)
-    for module, training in modes:
-        module.training = training
     return correct / total
