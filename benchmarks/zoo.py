@@ -171,9 +171,9 @@ def in_a_process(name: str, label: str, exports: bool) -> dict:
     """The same in a process of its own, which may die of memory or take too long."""
     command = [sys.executable, __file__, name, "--part", label, *(["--export"] if exports else [])]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
     except subprocess.TimeoutExpired:
-        return {"failed": "took more than 15 minutes"}
+        return {"failed": "took more than 30 minutes"}
     last = (done.stdout.splitlines() or [""])[-1]
     return json.loads(last) if last.startswith("{") else {"failed": f"exit code {done.returncode}"}
 
