@@ -13,6 +13,7 @@ outputs' scale. torch-pruning removes half of every layer but the last, by its o
 import argparse
 import copy
 import json
+import resource
 import subprocess
 import sys
 import tempfile
@@ -31,6 +32,7 @@ from nm_lightning.compression.follow import MIXING_NORMS
 from nm_lightning.compression.trace import without_data
 
 SCOPES = ("hidden", "all")
+MINUTES, MEMORY = 20, 16 << 30  # for one part of one network
 T = TypeVar("T")
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -168,14 +170,18 @@ def part(name: str, label: str, exports: bool) -> dict:
 
 
 def in_a_process(name: str, label: str, exports: bool) -> dict:
-    """The same in a process of its own, which may die of memory or take too long."""
+    """The same in a process of its own, which may run out of memory or time."""
     command = [sys.executable, __file__, name, "--part", label, *(["--export"] if exports else [])]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=MINUTES * 60, preexec_fn=_limit_memory)
     except subprocess.TimeoutExpired:
-        return {"failed": "took more than 30 minutes"}
+        return {"failed": f"took more than {MINUTES} minutes"}
     last = (done.stdout.splitlines() or [""])[-1]
     return json.loads(last) if last.startswith("{") else {"failed": f"exit code {done.returncode}"}
+
+
+def _limit_memory() -> None:
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
 
 
 def table(rows: list[dict]) -> str:
