@@ -11,6 +11,7 @@ import torch
 
 from nm_lightning.cli.errors import OneLineParser, fail, one_line_errors
 from nm_lightning.cli.grid import Grid, run_grid
+from nm_lightning.cli.launch import fabric_of
 from nm_lightning.cli.sources import RUNS, open_source
 
 
@@ -58,6 +59,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="folder for report, plot and checkpoints (a new one under runs/)")
     parser.add_argument("--seed", type=int, default=0, help="of whatever is random")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    parser.add_argument("--devices", type=int, default=1, help="processes on each machine, a device for each (1)")
+    parser.add_argument("--num_nodes", type=int, default=1, help="machines, each started by torchrun or SLURM (1)")
+    parser.add_argument("--strategy", default="auto", help="Lightning's name of it, such as ddp (auto)")
     return parser.parse_args(arguments)
 
 
@@ -80,10 +84,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the grid that the flags describe."""
     args = parse(arguments)
     with one_line_errors():
-        try:
-            torch.empty(0, device=args.device)
-        except (RuntimeError, AssertionError):
-            fail(f"device {args.device!r} is not available here: give --device cpu")
+        fabric = fabric_of(args.device, args.devices, args.num_nodes, args.strategy)
         torch.manual_seed(args.seed)
         grid = Grid(
             methods=args.method,
@@ -110,7 +111,7 @@ def main(arguments: list[str] | None = None) -> None:
         source = open_source(args.checkpoint, args.model, args.data, args.data_dir, args.weights, args.seed)
         label = source.module.hparams.name.replace("/", "_")
         output = args.output or RUNS / f"compress-{label}-{time.strftime('%Y%m%d-%H%M%S')}"
-        run_grid(source, grid, output, args.device)
+        run_grid(source, grid, output, fabric)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.utilities import rank_zero_only
 
 from nm_lightning.cli.errors import fail, one_line_errors
 from nm_lightning.compression.checkpoint import check_weights, read
@@ -120,7 +121,7 @@ def main(arguments: list[str] | None = None) -> None:
         best = cli.trainer.checkpoint_callback.best_model_path
         if best:
             metrics = cli.trainer.test(cli.model, cli.datamodule, ckpt_path=best, verbose=False, weights_only=True)[0]
-            print(f"test accuracy {100 * metrics['test/accuracy']:.2f} % ({best})")
+            rank_zero_only(print)(f"test accuracy {100 * metrics['test/accuracy']:.2f} % ({best})")
 
 
 if __name__ == "__main__":

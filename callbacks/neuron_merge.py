@@ -7,18 +7,24 @@ from typing import Any
 
 import torch
 from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
+from pytorch_lightning.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from pytorch_lightning.strategies.launchers import _MultiProcessingLauncher
 from pytorch_lightning.utilities import rank_zero_info
 from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from nm_lightning.compression import CompressionResult, compress, cost
+from nm_lightning.compression.calibration import check_size
 from nm_lightning.compression.checkpoint import load_weights, read, write
 from nm_lightning.compression.fold import compose
 from nm_lightning.compression.methods import Options
+from nm_lightning.compression.ranks import Ranks
 from nm_lightning.compression.select import check_ratio
 from nm_lightning.data import ImageData
 from nm_lightning.errors import InputError
 from nm_lightning.modules import evaluate
+
+SHARDED = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)  # no rank has the whole network
 
 
 class NeuronMergeCallback(Callback):
@@ -29,6 +35,8 @@ class NeuronMergeCallback(Callback):
     `accuracy/before`, `accuracy/after`, `accuracy/drop`, `parameters/before`, ...
 
         trainer = Trainer(callbacks=[NeuronMergeCallback(method="merge", ratio=0.5)])
+
+    Under DDP each rank reads its share of the images, all end with the same network, and rank 0 logs and saves.
 
     Args:
         method: `merge`, `prune` or `reconstruct`.
@@ -45,11 +53,13 @@ class NeuronMergeCallback(Callback):
         calibration_size: how many images.
         ridge: of the least squares of `reconstruct`.
         recalibrate_norm: estimate BatchNorm statistics anew on the calibration images.
-        replace: leave the compressed network in the Trainer's module instead of the original.
+        replace: leave the compressed network in the Trainer's module instead of the original; a further `fit` trains
+            it on.
         filename: of the checkpoint, beside the best one.
 
     Attributes:
-        result: of the last compression: the narrow LightningModule, the report, the plan.
+        result: of the last compression: the narrow LightningModule, the report, the plan. Strategies that spawn
+            their processes leave it in those.
 
     Raises:
         InputError: a setting that is out of its range.
@@ -76,6 +86,8 @@ class NeuronMergeCallback(Callback):
         options = Options(
             method, criterion, threshold, lamda, formulation, ridge=ridge, recalibrate_norm=recalibrate_norm
         )
+        if isinstance(calibration, str):
+            options.check_images(calibration)
         check_ratio(ratio)
         self.settings: dict[str, Any] = {
             "method": method,
@@ -92,28 +104,49 @@ class NeuronMergeCallback(Callback):
             "calibration_size": calibration_size,
         }
         self.calibration = calibration if options.looks else None
+        check_size(calibration_size)
         self.replace, self.filename = replace, filename
         self.result: CompressionResult | None = None
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse, before anything is trained, what would fail when training has ended."""
+        strategy = trainer.strategy
+        if isinstance(strategy, SHARDED):
+            raise InputError(
+                f"NeuronMergeCallback: {type(strategy).__name__} shards the weights: train without the callback, then "
+                "run compress.py --checkpoint on the consolidated checkpoint"
+            )
+        spawned = isinstance(strategy.launcher, _MultiProcessingLauncher)
+        if self.replace and spawned:
+            raise InputError(
+                "NeuronMergeCallback: replace=True does not reach back from spawned processes: "
+                "give the Trainer strategy='ddp'"
+            )
+        if self.calibration is not None:
+            check_size(self.settings["calibration_size"], Ranks(strategy))
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compress; the Trainer has torn its loops down, its loggers are still open."""
+        ranks = Ranks(trainer.strategy)
         original = copy.deepcopy(pl_module)
         best = getattr(trainer.checkpoint_callback, "best_model_path", "")
-        if best and Path(best).is_file():
+        if trainer.is_global_zero and best and Path(best).is_file():
             load_weights(original, read(best)["state_dict"], best)
         device = trainer.strategy.root_device
         original.to(device)
+        ranks.agree(original)
 
         data, loader = trainer.datamodule, _test_loader(trainer)
         example, labelled = _example(original, data, loader, device)
         calibration = self.calibration
         if isinstance(calibration, str) and calibration == "data":
-            calibration = _unlabelled(original, trainer, device, self.settings["calibration_size"])
-        self.result = compress(original, example, calibration=calibration, **self.settings)
+            calibration = _unlabelled(original, trainer, device, self.settings["calibration_size"], ranks)
+        self.result = compress(original, example, calibration=calibration, strategy=trainer.strategy, **self.settings)
         metrics: dict[str, float] = {}
         for when, module in (("before", original), ("after", self.result.model)):
             if labelled:
-                metrics[f"accuracy/{when}"] = evaluate(module, loader, data, device, f"accuracy {when} compression")
+                title = f"accuracy {when} compression"
+                metrics[f"accuracy/{when}"] = evaluate(module, loader, data, device, title, ranks)
             size = cost(module, example)
             metrics |= {f"parameters/{when}": size.parameters, f"macs/{when}": size.macs}
         accuracy = "not measured, as it needs batches of inputs and class labels"
@@ -144,12 +177,13 @@ class NeuronMergeCallback(Callback):
             pl_module.compression_plan = plan
 
 
-def _unlabelled(module: LightningModule, trainer: Trainer, device: torch.device, size: int) -> Tensor:
-    """Training images as the network reads them: our data modules' without augmentation, others' as they load."""
+def _unlabelled(module: LightningModule, trainer: Trainer, device: torch.device, size: int, ranks: Ranks) -> Tensor:
+    """A rank's share of training images: of our data modules without augmentation, of others as they load."""
     data = trainer.datamodule
     if isinstance(data, ImageData):
-        return data.calibration_images("data", size).to(device)
+        return data.calibration_images("data", size, ranks=ranks).to(device)
     batches, count = [], 0
+    size = -(-size // ranks.size)
     for batch in trainer.train_dataloader:
         inputs = batch[0] if isinstance(batch, (list, tuple)) else batch
         if not isinstance(inputs, Tensor):
@@ -167,17 +201,19 @@ def _test_loader(trainer: Trainer) -> Any:
     """The test set's loader; where there is none the validation set's, or else the training set's."""
     data = trainer.datamodule
     if data is None:
-        return trainer.val_dataloaders or trainer.train_dataloader
+        loader = trainer.val_dataloaders or trainer.train_dataloader
+        return loader[0] if isinstance(loader, (list, tuple)) else loader
     for stage, hook in (("test", "test_dataloader"), ("validate", "val_dataloader"), ("fit", "train_dataloader")):
         if is_overridden(hook, data, LightningDataModule):
             data.setup(stage)
-            return getattr(data, hook)()
+            loader = getattr(data, hook)()
+            return loader[0] if isinstance(loader, (list, tuple)) else loader
     raise InputError(f"NeuronMergeCallback needs data: {type(data).__name__} has no loader")
 
 
 def _example(module: LightningModule, data: Any, loader: Any, device: torch.device) -> tuple[Tensor, bool]:
     """One input for tracing (the module's own, or the loader's first), and whether batches have class labels."""
-    batch = next(iter(loader[0] if isinstance(loader, (list, tuple)) else loader))
+    batch = next(iter(loader))
     pair = isinstance(batch, (list, tuple)) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch)
     labelled = pair and batch[1].ndim == 1 and not batch[1].is_floating_point()
     if isinstance(module.example_input_array, Tensor):

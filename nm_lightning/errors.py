@@ -1,4 +1,4 @@
-"""The one exception that means "what you asked for can't be done, and here is the way out"."""
+"""The exceptions that the command line turns into one line."""
 
 
 class InputError(ValueError):
@@ -6,3 +6,11 @@ class InputError(ValueError):
 
     The command line prints it alone and exits with status 2; library callers catch it as a `ValueError`.
     """
+
+
+class RankLost(RuntimeError):
+    """Another of the processes that work together is gone; the command line exits with status 1."""
+
+    def __init__(self, cause: Exception):
+        reason = (str(cause).splitlines() or [""])[0][:200]
+        super().__init__(f"another rank is gone, nothing was written: run it again ({reason})")

@@ -19,11 +19,12 @@ from nm_lightning.modules import Compressible, ImageClassifier, evaluate
 from nm_lightning.reporting.weights_and_biases import offline_without_account
 
 
-def fit(folder, callback, logger=None, epochs=3, module=None, **data):
+def fit(folder, callback, logger=None, epochs=3, module=None, precision="32-true", **data):
     module = module or ImageClassifier("lenet_300_100", 10, (1, 8, 8), lr=0.05)
     trainer = Trainer(
         accelerator="cpu",
         max_epochs=epochs,
+        precision=precision,
         logger=logger or CSVLogger(folder),
         callbacks=[callback, ModelCheckpoint(folder, "best", monitor="val/accuracy", mode="max")],
         enable_progress_bar=False,
@@ -182,3 +183,23 @@ def test_wandb_works_offline_without_an_account(tmp_path, monkeypatch):
 def test_bad_settings_are_refused_before_training(settings, says):
     with pytest.raises(InputError, match=says):
         NeuronMergeCallback(**settings)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
+@pytest.mark.parametrize("method", ["merge", "reconstruct"])
+def test_compresses_in_at_least_float32(precision, method, tmp_path):
+    """Whatever the Trainer's precision, weights are those of the best checkpoint compressed in float32 or float64."""
+    callback = NeuronMergeCallback(method, ratio=0.5, calibration_size=200)
+    _, module = fit(tmp_path, callback, epochs=1, precision=precision)
+    kept = {"bf16-mixed": torch.float32, "bf16-true": torch.bfloat16, "64-true": torch.float64}[precision]
+    best = torch.load(tmp_path / "best.ckpt", weights_only=True)["state_dict"]
+    found = torch.load(tmp_path / "compressed.ckpt", weights_only=True)["state_dict"]
+    assert {value.dtype for value in found.values()} == {kept} == {module.dtype}
+    exact = torch.float64 if precision == "64-true" else torch.float32
+    original = ImageClassifier("lenet_300_100", 10, (1, 8, 8)).to(exact)
+    original.load_state_dict(best)
+    calibration = build_data("digits", batch_size=64).calibration_images("data", 200)
+    wanted = nm_lightning.compress(original, original.example_input.to(exact), method, calibration=calibration).model
+    for name, value in wanted.state_dict().items():
+        torch.testing.assert_close(found[name], value.to(kept), rtol=1e-5, atol=1e-6)
+    assert logged(tmp_path)["accuracy/after"] > 0.5

@@ -1,6 +1,7 @@
 """Bad input ends in one line on stderr and exit status 2, the argument parser's too."""
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -9,15 +10,16 @@ from typing import NoReturn
 
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from nm_lightning.errors import InputError
+from nm_lightning.errors import InputError, RankLost
 
 
-def fail(message: str) -> NoReturn:
-    """Print the message's essence as one line and exit with status 2."""
+def fail(message: str, status: int = 2) -> NoReturn:
+    """Print the message's essence as one line and exit."""
     lines = [line.strip() for line in str(message).splitlines() if line.strip()] or ["bad input"]
     line = lines[-1] if "Traceback" in message else " ".join(lines)
-    print(f"error: {line.removeprefix('nm_lightning.errors.InputError: ')}", file=sys.stderr)
-    raise SystemExit(2)
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes on a machine the first one says it
+        print(f"error: {line.removeprefix('nm_lightning.errors.InputError: ')}", file=sys.stderr)
+    raise SystemExit(status)
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -40,6 +42,8 @@ def one_line_errors() -> Iterator[None]:
         yield
     except (InputError, MisconfigurationException) as error:
         fail(str(error))
+    except RankLost as error:
+        fail(str(error), status=1)
     except Exception as error:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, InputError):

@@ -7,13 +7,15 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from lightning_fabric import Fabric
 from rich import get_console
 
+from nm_lightning.cli.launch import launch
 from nm_lightning.cli.presets import preset
 from nm_lightning.cli.sources import Source
 from nm_lightning.compression import CompressionResult, compress, cost, trace
@@ -21,6 +23,7 @@ from nm_lightning.compression.checkpoint import write
 from nm_lightning.compression.export import FORMATS, check_format, export
 from nm_lightning.compression.fold import compose, prefixed
 from nm_lightning.compression.methods import Options
+from nm_lightning.compression.ranks import Ranks
 from nm_lightning.compression.select import budget, check_ratio, check_target, choose
 from nm_lightning.errors import InputError
 from nm_lightning.modules import evaluate
@@ -53,19 +56,19 @@ class Grid:
     seed: int = 0
 
 
-def run_grid(source: Source, grid: Grid, output: Path, device: str = "cpu") -> list[Result]:
+def run_grid(source: Source, grid: Grid, output: Path, fabric: Fabric) -> list[Result]:
     """Evaluate the original and every compressed network; write the report, the plot and the checkpoints.
 
     Args:
         source: the network and its data.
         grid: what to run.
-        output: folder that appears, or is updated, when all is complete.
-        device: where to evaluate and compress.
+        output: folder that appears, or is updated, when all is complete; rank 0 alone writes it.
+        fabric: Lightning's, on whose devices the work is done; launched here, once all settings are checked.
 
     Raises:
         InputError: a setting that does not fit, found before anything is evaluated.
     """
-    console = get_console()
+    console, device = get_console(), fabric.device
     module, data = source.module, source.data
     name, data_name = module.hparams.name, data.hparams.name
     defaults = preset(name, data_name)
@@ -107,21 +110,27 @@ def run_grid(source: Source, grid: Grid, output: Path, device: str = "cpu") -> l
         check_ratio(ratio or 0)
         budget(sites, ratio or 0, widths, defaults.rounding)
 
-    calibration = None
+    launch(fabric)
+    ranks = Ranks(fabric.strategy)
+    console.quiet = ranks.rank > 0
+    calibration, images = None, 0
     if targets or any(options.looks for options in cells):
-        calibration = data.calibration_images(grid.calibration, grid.calibration_size, grid.seed)
+        calibration = data.calibration_images(grid.calibration, grid.calibration_size, grid.seed, ranks)
+        images = int(ranks.total(torch.tensor(len(calibration), device=device))[0])
 
-    with _appearing(output) as folder:
+    with _appearing(output) if ranks.rank == 0 else nullcontext() as folder:
         console.print(f"{name} on {data_name}, from {source.origin}", soft_wrap=True)
         listed = ", ".join(site.name for site in sites[:6]) + (f", ... ({len(sites)})" if len(sites) > 6 else "")
         console.print(f"sites {listed}; threshold {threshold:g}, lamda {lamda:g}, {grid.formulation}", soft_wrap=True)
         if source.origin == "random weights":
             console.print("note: random weights: give --checkpoint PATH or --weights DEFAULT", soft_wrap=True)
         if calibration is not None:
-            console.print(f"calibration: {len(calibration)} images, {grid.calibration}, no labels", soft_wrap=True)
+            console.print(f"calibration: {images} images, {grid.calibration}, no labels", soft_wrap=True)
+        if ranks.size > 1:
+            console.print(f"{ranks.size} ranks, {type(fabric.strategy).__name__}", soft_wrap=True)
         before = cost(network, example)
         loader = data.test_dataloader()
-        baseline = Baseline(evaluate(network, loader, data, device, "original"), before.parameters, before.macs)
+        baseline = Baseline(evaluate(network, loader, data, device, "original", ranks), before.parameters, before.macs)
         results: list[Result] = []
         for method, criterion, ratio in itertools.product(grid.methods, grid.criteria, ratios):
             start = time.perf_counter()
@@ -139,13 +148,14 @@ def run_grid(source: Source, grid: Grid, output: Path, device: str = "cpu") -> l
                 calibration_size=grid.calibration_size,
                 target_parameters=grid.target_parameters,
                 target_macs=grid.target_macs,
+                strategy=fabric.strategy,
                 **shared,
             )
             seconds = time.perf_counter() - start
             label = "widths" if ratio is None else f"{ratio:g}"
             label = next((f"{name}{share:g}" for name, share in targets.items()), label)
             file = f"{method}_{criterion}_{label}.ckpt"
-            accuracy = evaluate(compressed.model, loader, data, device, f"{method} {criterion} {label}")
+            accuracy = evaluate(compressed.model, loader, data, device, f"{method} {criterion} {label}", ranks)
             after = cost(compressed.model, example)
             total = sum(site.before for site in compressed.report.sites)
             results.append(
@@ -163,6 +173,8 @@ def run_grid(source: Source, grid: Grid, output: Path, device: str = "cpu") -> l
                     1 - sum(compressed.report.widths.values()) / total if total else 0.0,
                 )
             )
+            if folder is None:
+                continue
             _save_checkpoint(folder / file, source, compressed)
             for ending in grid.exports:
                 export(compressed.model, example, (folder / file).with_name(file.removesuffix("ckpt") + ending))
@@ -170,11 +182,12 @@ def run_grid(source: Source, grid: Grid, output: Path, device: str = "cpu") -> l
         about = {"title": f"{name} on {data_name}", "model": name, "data": data_name, "origin": source.origin}
         about |= {"threshold": threshold, "lamda": lamda, "formulation": grid.formulation}
         if calibration is not None:
-            about |= {"calibration": grid.calibration, "calibration_size": len(calibration), "ridge": grid.ridge}
+            about |= {"calibration": grid.calibration, "calibration_size": images, "ridge": grid.ridge}
             about |= {f"target_{name}": share for name, share in targets.items()}
             about |= {"recalibrate_norm": grid.recalibrate_norm, "finetune": grid.finetune, "seed": grid.seed}
         about |= {"implementation": grid.implementation, "torch": torch.__version__, "left_alone": skipped}
-        write_files(folder, about, baseline, results)
+        if folder is not None:
+            write_files(folder, about, baseline, results)
 
     print_table(console, baseline, results)
     for note in dict.fromkeys(note for result in results for note in result.notes):

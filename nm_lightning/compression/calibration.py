@@ -1,6 +1,7 @@
 """Unlabelled images for the methods that look at activations: the user's own, or drawn by a program."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -8,19 +9,40 @@ from torch.nn import functional as F
 
 from nm_lightning.compression.follow import BATCH_NORMS
 from nm_lightning.compression.prepare import modes_kept
+from nm_lightning.compression.ranks import ALONE, Ranks
 from nm_lightning.errors import InputError
 
 SYNTHETIC = "synthetic"
 BATCH_BYTES = 6 << 20  # of one batch of images: ten photos; never more than 128
 
 
-def check_size(size: int) -> None:
-    """Raise `InputError` unless `size` is a number of images."""
+def check_size(size: int, ranks: Ranks = ALONE) -> None:
+    """Raise `InputError` unless `size` is a number of images, and enough of them to give each rank one."""
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
         raise InputError(f"calibration_size {size!r}: give a whole number from 1")
+    if size < ranks.size:
+        raise InputError(f"calibration_size {size} leaves some of {ranks.size} ranks without an image: give more")
 
 
-def batches_of(calibration: Tensor | Iterable | str, example: Tensor, size: int = 1024, seed: int = 0) -> list[Tensor]:
+def batch_length(shape: Sequence[int], bytes_each: int = 4) -> int:
+    """How many images of a shape make a batch."""
+    return max(1, min(128, BATCH_BYTES // (math.prod(shape) * bytes_each)))
+
+
+def share(images: Tensor, length: int, ranks: Ranks = ALONE) -> Tensor:
+    """This rank's part of images, or of their indices: whole batches in turn, or equal parts where they are too few.
+
+    One process sees the same batches, so the sums over all ranks are its own but for their order.
+    """
+    batches = images.split(length)
+    if len(batches) < ranks.size:
+        return images.tensor_split(ranks.size)[ranks.rank]
+    return torch.cat(batches[ranks.rank :: ranks.size])
+
+
+def batches_of(
+    calibration: Tensor | Iterable | str, example: Tensor, size: int = 1024, seed: int = 0, ranks: Ranks = ALONE
+) -> list[Tensor]:
     """The calibration images in batches as the network reads them.
 
     Args:
@@ -29,22 +51,25 @@ def batches_of(calibration: Tensor | Iterable | str, example: Tensor, size: int 
         example: a batch that the network accepts; its shape and device are the images', its dtype in at least float32.
         size: how many images at most.
         seed: of the synthetic images.
+        ranks: that each have a share of the images; synthetic ones are shared out here.
 
     Raises:
         InputError: no images, or images of another shape.
     """
-    check_size(size)
+    check_size(size, ranks)
     if isinstance(calibration, str):
         if calibration != SYNTHETIC:
             raise InputError(f"calibration {calibration!r}: give a tensor, a DataLoader or {SYNTHETIC!r}")
         if example.ndim != 4 or not example.is_floating_point():
             raise InputError(f"synthetic images are (N, C, H, W), the network reads {tuple(example.shape)}")
         images = dead_leaves(size, tuple(example.shape[1:]), seed) * 4 - 2  # about a normalised image's range
+        images = share(images, batch_length(images.shape[1:]), ranks)
     elif isinstance(calibration, Tensor):
         images = calibration[:size]
     elif not isinstance(calibration, Iterable):
         raise InputError(f"calibration is of type {type(calibration).__name__}: give a tensor or a DataLoader")
     else:
+        size = -(-size // ranks.size)  # of this rank's loader
         parts, count = [], 0
         for batch in calibration:
             part = batch[0] if isinstance(batch, (tuple, list)) and len(batch) else batch
@@ -63,11 +88,11 @@ def batches_of(calibration: Tensor | Iterable | str, example: Tensor, size: int 
         )
     if not bool(images.isfinite().all()):
         raise InputError("calibration images hold values that are not finite")
-    each = images[0].numel() * images.element_size()
+    length = batch_length(images.shape[1:], images.element_size())
     low = example.dtype in (torch.float16, torch.bfloat16)
     images = images.to(example.device, torch.float32 if low else example.dtype)
     images = images.clone()  # the caller's stay as they are
-    return list(images.split(max(1, min(128, BATCH_BYTES // each))))
+    return list(images.split(length))
 
 
 def dead_leaves(count: int, shape: tuple[int, int, int], seed: int = 0, leaves: int = 40) -> Tensor:
@@ -121,8 +146,8 @@ def dead_leaves(count: int, shape: tuple[int, int, int], seed: int = 0, leaves: 
 
 
 @torch.no_grad()
-def recalibrate_norms(model: nn.Module, batches: Iterable[Tensor]) -> None:
-    """Estimate the running statistics of all BatchNorms anew on images, in place."""
+def recalibrate_norms(model: nn.Module, batches: Iterable[Tensor], ranks: Ranks = ALONE) -> None:
+    """Estimate the running statistics of all BatchNorms anew on all ranks' images, in place."""
     batches = list(batches)
     if sum(map(len, batches)) < 2:
         raise InputError("recalibrate_norm: one image has no variance; give more calibration images")
@@ -139,5 +164,10 @@ def recalibrate_norms(model: nn.Module, batches: Iterable[Tensor]) -> None:
             norm.momentum = None  # the mean over all batches
         for batch in batches:
             model(batch.clone())
+    count = norms[0].running_mean.new_tensor(len(batches)) if norms else None
     for norm, momentum in momenta:
         norm.momentum = momentum
+        if ranks.size > 1:
+            every, mean, var = ranks.total(count, norm.running_mean * count, norm.running_var * count)
+            norm.running_mean.copy_(mean / every)
+            norm.running_var.copy_(var / every)

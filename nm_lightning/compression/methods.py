@@ -16,6 +16,7 @@ from nm_lightning.compression.calibration import SYNTHETIC
 from nm_lightning.compression.fold import Fold, Plan, absorb, apply_plan, named_tensors, plan_sites
 from nm_lightning.compression.follow import CONVOLUTIONS
 from nm_lightning.compression.prepare import evaluated, own_tensors
+from nm_lightning.compression.ranks import ALONE, Ranks
 from nm_lightning.compression.reconstruct import reconstruct
 from nm_lightning.compression.report import Report, SiteReport
 from nm_lightning.compression.sites import Consumer, Site
@@ -97,7 +98,8 @@ class Work:
         keeps: by site, the survivors `(k,)`.
         report: with a row for each site, to be filled.
         options: the method's settings.
-        batches: calibration images, for the methods that look.
+        batches: calibration images, for the methods that look; each rank has its share.
+        ranks: the processes that compress together.
     """
 
     model: nn.Module
@@ -106,6 +108,7 @@ class Work:
     report: Report
     options: Options
     batches: Sequence[Tensor]
+    ranks: Ranks = ALONE
 
     @property
     def shrinking(self) -> list[tuple[Site, SiteReport, Tensor]]:
@@ -212,7 +215,8 @@ def _by_channel(work: Work) -> tuple[nn.Module, Plan]:
         handle.remove()
     for site, _, keep in work.shrinking:
         if site.name in grams:
-            scaling = decompose.channel_map(grams[site.name], keep.to(grams[site.name].device), work.options.ridge)
+            (gram,) = work.ranks.total(grams[site.name])
+            scaling = decompose.channel_map(gram, keep.to(gram.device), work.options.ridge)
             for consumer in site.consumers:
                 folds[consumer.slots[0][0]].append(Fold(consumer, keep, scaling, absorb))
     return work.folded(folds)
@@ -224,7 +228,9 @@ def _by_layer(work: Work) -> tuple[nn.Module, Plan]:
     original = evaluated(work.model)
     narrow = copy.deepcopy(original)
     sites = [site for site, _, _ in work.shrinking]
-    errors, refused = reconstruct(original, narrow, sites, work.keeps, work.batches, work.options.ridge)
+    errors, refused = reconstruct(
+        original, narrow, sites, work.keeps, work.batches, work.options.ridge, ranks=work.ranks
+    )
     for site, row, _ in work.shrinking:
         names = [consumer.name for consumer in site.consumers]
         row.error = max((errors[name] for name in names if name in errors), default=None)

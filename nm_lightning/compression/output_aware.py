@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from nm_lightning.compression.distill import check_logits
 from nm_lightning.compression.follow import CONVOLUTIONS
+from nm_lightning.compression.ranks import ALONE, Ranks
 from nm_lightning.compression.reconstruct import factorise, read_patches
 from nm_lightning.compression.select import keep_of
 from nm_lightning.compression.sites import Consumer, Site
@@ -122,8 +123,10 @@ def eliminate(problems: Sequence[tuple[Tensor, Tensor, Tensor]], width: int, cel
     return gone_at, torch.stack(costs) if costs else torch.zeros(0)
 
 
-def watch(model: nn.Module, sites: Sequence[Site], batches: Sequence[Tensor], seed: int = 0) -> dict[str, Watch]:
-    """Run the images through the network, and their labels' gradients back; by consumer, what was summed.
+def watch(
+    model: nn.Module, sites: Sequence[Site], batches: Sequence[Tensor], seed: int = 0, ranks: Ranks = ALONE
+) -> dict[str, Watch]:
+    """Run all ranks' images through the network, and their labels' gradients back; by consumer, what was summed.
 
     Sites with a consumer that can't be solved have no entries. The labels are drawn from the network's predictions.
     """
@@ -152,6 +155,10 @@ def watch(model: nn.Module, sites: Sequence[Site], batches: Sequence[Tensor], se
         for each in watches.values():
             for handle in each.handles:
                 handle.remove()
+    for each in watches.values():
+        images = batches[0].new_tensor(each.images, dtype=torch.int64)
+        each.gram, each.fisher, images = ranks.total(each.gram, each.fisher, images)
+        each.images = int(images)
     return watches
 
 

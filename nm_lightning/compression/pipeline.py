@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from nm_lightning.compression.fold import Plan, apply_plan, named_tensors, plan_
 from nm_lightning.compression.methods import METHODS, OUTPUT, RECONSTRUCT, Options, Work
 from nm_lightning.compression.output_aware import choose_by_output, costs_of, watch
 from nm_lightning.compression.prepare import evaluated, plain_copy, unwrapped
+from nm_lightning.compression.ranks import Ranks
 from nm_lightning.compression.report import Report, SiteReport, cost
 from nm_lightning.compression.sites import Site
 from nm_lightning.compression.trace import trace, without_data
@@ -63,6 +65,7 @@ def compress(
     target_macs: float | None = None,
     finetune: int = 0,
     seed: int = 0,
+    strategy: Any = None,
 ) -> CompressionResult:
     """Make a trained network smaller without labels or training; prune and merge need no images either.
 
@@ -95,12 +98,15 @@ def compress(
         target_macs: likewise of its multiply-accumulates.
         finetune: epochs of training on the original's predictions for the calibration images, without labels.
         seed: of what is drawn: the synthetic images, and the Fisher information's labels.
+        strategy: of a Lightning `Trainer` or `Fabric` whose ranks all call this with the same network, each with its
+            share of the calibration images; they all get the same result.
 
     Returns:
         The smaller network, the report and the plan.
 
     Raises:
         InputError: an argument that names nothing or fits nothing, or a network that can't be traced.
+        RankLost: another rank is gone.
 
     >>> import torch
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -127,7 +133,7 @@ def compress(
     select.check_ratio(ratio)
     if not isinstance(example_input, Tensor):
         raise InputError(f"example_input is a {type(example_input).__name__}: give one tensor, a batch of images")
-    model = unwrapped(model)
+    model, ranks = unwrapped(model), Ranks(strategy)
     narrow, notes = plain_copy(model)
     originals = named_tensors(narrow)
     found = trace(narrow, example_input, scope)
@@ -146,11 +152,11 @@ def compress(
     if looks:
         if calibration is None:
             raise InputError(f"{looks} looks at images: give calibration, a tensor, a DataLoader or 'synthetic'")
-        batches = batches_of(calibration, example_input, calibration_size, seed)
+        batches = batches_of(calibration, example_input, calibration_size, seed, ranks)
     report = Report(skipped=found.skipped, remarks=notes)
     watches = {}
     if criterion == OUTPUT or targets:
-        watches = watch(evaluated(narrow), chosen, batches, seed)
+        watches = watch(evaluated(narrow), chosen, batches, seed, ranks)
     if targets:
         ((name, target),) = targets.items()
         size = partial(_size, without_data(narrow).eval(), chosen, example_input, name)
@@ -160,20 +166,22 @@ def compress(
         for site in chosen
     }
     if criterion == OUTPUT:
-        by_output = keeps | choose_by_output(chosen, counts, watches)
-        if method != RECONSTRUCT or _wins(by_output, keeps, narrow, chosen, options, batches):
+        by_output = ranks.first(keeps | choose_by_output(chosen, counts, watches))
+        if method != RECONSTRUCT or _wins(by_output, keeps, narrow, chosen, options, batches, ranks):
             keeps = by_output
         else:
             report.remarks.append(f"output: {options.fallback} chose better on images that were held out")
+    keeps = ranks.first(keeps)
     report.sites = [SiteReport(site.name, site.width, len(keeps[site.name]), method) for site in chosen]
-    work = Work(narrow, chosen, keeps, report, options, batches)
+    work = Work(narrow, chosen, keeps, report, options, batches, ranks)
     narrow, plan = METHODS[method](work)
     if recalibrate_norm:
-        recalibrate_norms(narrow, [images.to(example_input.dtype) for images in batches])
+        recalibrate_norms(narrow, [images.to(example_input.dtype) for images in batches], ranks)
     if finetune:
         floating = next(parameter.dtype for parameter in narrow.parameters())
         seen = [images.to(floating) if images.is_floating_point() else images for images in batches]
-        distill(narrow, evaluated(model).to(floating), seen, finetune, seed)
+        distill(narrow, evaluated(model).to(floating), seen, finetune, seed, ranks)
+    ranks.agree(narrow)
     return CompressionResult(narrow, report, plan, keeps)
 
 
@@ -193,6 +201,7 @@ def _wins(
     sites: Sequence[Site],
     options: Options,
     batches: Sequence[Tensor],
+    ranks: Ranks,
 ) -> bool:
     """Whether the first choice of survivors leaves the network's predictions less changed, on held-out images."""
     if len(batches) == 1:
@@ -202,11 +211,13 @@ def _wins(
     original, divergences = evaluated(model), []
     for keeps in (first, second):
         report = Report([SiteReport(site.name, site.width, len(keeps[site.name]), options.method) for site in sites])
-        narrow, _ = METHODS[options.method](Work(plain_copy(model)[0], sites, keeps, report, options, seen))
+        narrow, _ = METHODS[options.method](Work(plain_copy(model)[0], sites, keeps, report, options, seen, ranks))
         narrow.to(seen[0].dtype).eval()
         with torch.no_grad():
             pairs = [(narrow(x.clone()).log_softmax(-1), original(x.clone()).log_softmax(-1)) for x in held_out]
-        divergences.append(sum(F.kl_div(*pair, reduction="sum", log_target=True) for pair in pairs))
+        divergences += ranks.total(
+            torch.stack([F.kl_div(*pair, reduction="sum", log_target=True) for pair in pairs]).sum()
+        )
     return bool(divergences[0] <= divergences[1])
 
 

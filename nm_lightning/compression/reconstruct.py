@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from nm_lightning.compression.fold import apply_plan, named_tensors, plan_sites
 from nm_lightning.compression.follow import BATCH_NORMS, CONVOLUTIONS, MIXING_NORMS, Tracer, operation_name
 from nm_lightning.compression.prepare import plain_copy
+from nm_lightning.compression.ranks import ALONE, Ranks
 from nm_lightning.compression.runs import NarrowNorm, Run, without_in_place
 from nm_lightning.compression.sites import Consumer, Site
 
@@ -69,6 +70,7 @@ def reconstruct(
     batches: Sequence[Tensor],
     ridge: float = 1e-3,
     rectify: int = 2,
+    ranks: Ranks = ALONE,
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Solve all layers behind the removed neurons.
 
@@ -81,6 +83,7 @@ def reconstruct(
         batches: images `(N, ...)` as the network reads them.
         ridge: what is added to the diagonal of each layer's Gram matrix, as a share of the diagonal's mean.
         rectify: rounds of least squares in which an output below a ReLU's threshold may stay below it.
+        ranks: that each have a share of the images.
 
     Returns:
         By layer, the share of the original output's energy that is still missing; and by layer the reason why it
@@ -120,7 +123,7 @@ def reconstruct(
     for task in track(tasks, "reconstructing", transient=True, disable=not get_console().is_terminal):
         pending.discard(task.node)
         join = find_join(task, original, pending, shapes, calls)
-        errors[task.layer] = solve_layer(task, join, wide, wanted, found, ridge, rectify)
+        errors[task.layer] = solve_layer(task, join, wide, wanted, found, ridge, rectify, ranks)
     for module in switched:
         module.inplace = True
     for name in constants:
@@ -236,7 +239,9 @@ def known(node: fx.Node, task: fx.Node, pending: set[fx.Node]) -> bool:
     return True
 
 
-def solve_layer(task: Task, join: Join, wide: nn.Module, wanted: Run, found: Run, ridge: float, rectify: int) -> float:
+def solve_layer(
+    task: Task, join: Join, wide: nn.Module, wanted: Run, found: Run, ridge: float, rectify: int, ranks: Ranks = ALONE
+) -> float:
     """Regress the gap at the join on what the layer reads, and add the coefficients to its weight; the share left."""
     layer = wide.get_submodule(task.layer)
     groups, out = getattr(layer, "groups", 1), layer.weight.shape[0]
@@ -260,8 +265,10 @@ def solve_layer(task: Task, join: Join, wide: nn.Module, wanted: Run, found: Run
                 fresh += (patches.transpose(1, 2) @ patches).double()
                 missing += gap.square().sum(dtype=torch.float64)
                 energy += target.square().sum(dtype=torch.float64)
+        (cross,) = ranks.total(cross)
         if step == 0:
-            gram, total = fresh, torch.zeros_like(cross)
+            gram, missing, energy = ranks.total(fresh, missing, energy)
+            total = torch.zeros_like(cross)
             penalty = ridge * gram.diagonal(dim1=1, dim2=2)[:, :-1].mean()
             penalty = torch.full((gram.shape[1],), float(penalty), dtype=gram.dtype, device=gram.device)
             penalty[-1] = 0

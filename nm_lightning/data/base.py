@@ -6,11 +6,13 @@ from typing import Any
 
 import torch
 from pytorch_lightning import LightningDataModule
+from pytorch_lightning.overrides.distributed import UnrepeatedDistributedSampler
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from nm_lightning.compression.calibration import SYNTHETIC, check_size, dead_leaves
-from nm_lightning.data.unlabelled import sample_folder
+from nm_lightning.compression.calibration import SYNTHETIC, batch_length, check_size, dead_leaves, share
+from nm_lightning.compression.ranks import ALONE, Ranks
+from nm_lightning.data.unlabelled import draw, sample_folder
 from nm_lightning.errors import InputError
 
 
@@ -29,7 +31,7 @@ class ImageData(LightningDataModule):
         std: of each channel.
         splits: data sets by name: `train`, `val` and `test`.
         whole_image: what makes a uint8 image, never augmented, of a file.
-        unlabelled: `(size, seed)` to training images in uint8, never augmented.
+        unlabelled: training images in uint8, never augmented, those that `pick(count)` names of so many.
     """
 
     num_classes: int
@@ -39,7 +41,7 @@ class ImageData(LightningDataModule):
     num_workers: int = 0
     collate: Any = None
     whole_image: Callable
-    unlabelled: Callable[[int, int], Tensor]
+    unlabelled: Callable[[Callable[[int], Tensor]], Tensor]
 
     def __init__(self, settings: dict[str, Any]):
         super().__init__()
@@ -60,11 +62,18 @@ class ImageData(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         """In order."""
-        return self._loader("val", self.hparams.batch_size)
+        return self._loader("val", self.hparams.batch_size, sampler=self._each_once("val"))
 
     def test_dataloader(self) -> DataLoader:
         """In order, never augmented."""
-        return self._loader("test", self.hparams.batch_size)
+        return self._loader("test", self.hparams.batch_size, sampler=self._each_once("test"))
+
+    def _each_once(self, split: str) -> UnrepeatedDistributedSampler | None:
+        """A rank's part of a split, without the copies that make all parts equally long; None for a single process."""
+        if self.trainer is None or self.trainer.world_size == 1:
+            return None
+        ranks = {"num_replicas": self.trainer.world_size, "rank": self.trainer.global_rank}
+        return UnrepeatedDistributedSampler(self.splits[split], shuffle=False, **ranks)
 
     def _loader(self, split: str, batch_size: int, **options: Any) -> DataLoader:
         return DataLoader(
@@ -84,24 +93,30 @@ class ImageData(LightningDataModule):
         module = getattr(self.trainer, "lightning_module", None)
         return images if module is None else images.to(module.dtype), labels
 
-    def calibration_images(self, source: str = "data", size: int = 1024, seed: int = 0) -> Tensor:
-        """Images without labels as the network reads them, `(N, C, H, W)`.
+    def calibration_images(self, source: str = "data", size: int = 1024, seed: int = 0, ranks: Ranks = ALONE) -> Tensor:
+        """Images without labels as the network reads them, `(N, C, H, W)`; of several ranks, each reads its share.
 
         Args:
             source: `data` for training images, `synthetic` for images that a program draws, or a folder of images.
             size: how many, at most.
             seed: which.
+            ranks: the processes that compress together.
 
         Raises:
-            InputError: there are none.
+            InputError: there are none, or fewer than ranks.
         """
-        check_size(size)
+        check_size(size, ranks)
+
+        def pick(count: int) -> Tensor:
+            check_size(min(size, count), ranks)
+            return share(draw(count, size, seed), batch_length(self.input_shape), ranks)
+
         if source == SYNTHETIC:
-            images = dead_leaves(size, self.input_shape, seed).mul(255).round().byte()
+            images = dead_leaves(size, self.input_shape, seed).mul(255).round().byte()[pick(size)]
         elif source == "data":
-            images = self.unlabelled(size, seed)
+            images = self.unlabelled(pick)
         else:
-            images = sample_folder(Path(source), size, seed, self.whole_image)
+            images = sample_folder(Path(source), pick, self.whole_image)
         return self.normalise(images)
 
     def normalise(self, images: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import v2 as T
 
 from nm_lightning.data.base import ImageData, seeded_split
-from nm_lightning.data.unlabelled import draw, open_image, sample_folder
+from nm_lightning.data.unlabelled import open_image, sample_folder
 from nm_lightning.errors import InputError
 from nm_lightning.models.torchvision_zoo import transforms
 
@@ -95,16 +95,16 @@ class ImageFolders(ImageData):
         """What makes a test image of a file."""
         return T.Compose([*self.transforms["val"], T.PILToTensor()])
 
-    def unlabelled(self, size: int, seed: int) -> Tensor:
+    def unlabelled(self, pick: Callable[[int], Tensor]) -> Tensor:
         """Training images in their test crops, or those of a folder `calibration` where there is no `train`."""
         has = _subfolders(self.root)
         place = next((split for split in ("train", "calibration") if split in has), None)
         if place is not None:
-            return sample_folder(self.root / place, size, seed, self.whole_image)
+            return sample_folder(self.root / place, pick, self.whole_image)
         if "val" in has:
             raise InputError(f"no calibration images in {self.root}: it needs train/ or calibration/, or --calibration")
         images = self._part(None, "val")
-        return torch.stack([images[index][0] for index in draw(len(images), size, seed).tolist()])
+        return torch.stack([images[index][0] for index in pick(len(images)).tolist()])
 
     def _part(self, split: str | None, purpose: str) -> Any:
         """The images of a split's folder; without such folders a fifth of all, always the same, is the test set."""

@@ -12,7 +12,6 @@ from torchvision.transforms import v2 as T
 
 from nm_lightning.data import readers
 from nm_lightning.data.base import ImageData, seeded_split
-from nm_lightning.data.unlabelled import draw
 from nm_lightning.models.torchvision_zoo import transforms
 
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
@@ -100,11 +99,11 @@ class SmallImages(ImageData):
         channels, *size = self.source.shape
         return T.Compose([T.Grayscale(channels), T.Resize(size), T.CenterCrop(size), T.PILToTensor()][channels > 1 :])
 
-    def unlabelled(self, size: int, seed: int) -> Tensor:
+    def unlabelled(self, pick: Callable[[int], Tensor]) -> Tensor:
         """Training images without augmentation."""
         self.setup("fit")
         images = self.splits["train"].images
-        return images[draw(len(images), size, seed)]
+        return images[pick(len(images))]
 
     @staticmethod
     def collate(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

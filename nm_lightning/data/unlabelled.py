@@ -37,8 +37,13 @@ def draw(count: int, size: int, seed: int) -> Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:size]
 
 
-def sample_folder(folder: Path, size: int, seed: int, transform: Callable[[Image.Image], Tensor]) -> Tensor:
-    """So many images, drawn by seed from a folder and all folders in it: `(size, C, H, W)`, fewer if there are fewer.
+def sample_folder(folder: Path, pick: Callable[[int], Tensor], transform: Callable[[Image.Image], Tensor]) -> Tensor:
+    """Some of the images in a folder and all folders in it, `(N, C, H, W)`.
+
+    Args:
+        folder: where they are.
+        pick: `count` to the indices that are wanted of so many files, sorted by path.
+        transform: what makes an image of a file.
 
     Raises:
         InputError: there is no such folder, or no image in it.
@@ -53,7 +58,6 @@ def sample_folder(folder: Path, size: int, seed: int, transform: Callable[[Image
     )
     if not files:
         raise InputError(f"calibration folder {str(folder)!r} has no images")
-    drawn = draw(len(files), size, seed).tolist()
     quiet = not get_console().is_terminal
-    shown = track(sorted(drawn), "calibration images", transient=True, disable=quiet)
+    shown = track(pick(len(files)).tolist(), "calibration images", transient=True, disable=quiet)
     return torch.stack([transform(open_image(files[index])) for index in shown])

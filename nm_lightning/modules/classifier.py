@@ -94,7 +94,8 @@ class ImageClassifier(Compressible, LightningModule):
         images, labels = batch
         logits = self(images)
         loss = F.cross_entropy(logits, labels)
-        self.log(f"{stage}/loss", loss, prog_bar=stage == "train", on_step=stage == "train", on_epoch=True)
+        train = stage == "train"
+        self.log(f"{stage}/loss", loss, prog_bar=train, on_step=train, on_epoch=True, sync_dist=not train)
         for label in ("accuracy", "top5"):
             metric = self.metrics[f"{stage}/{label}"]
             metric.update(logits, labels)
