@@ -4,15 +4,20 @@ python compress.py --method merge --ratio 0.5
 """
 
 import argparse
+import json
+import shlex
+import sys
 import time
 from pathlib import Path
 
 import torch
+from rich import get_console
 
 from nm_lightning.cli.errors import OneLineParser, fail, one_line_errors
 from nm_lightning.cli.grid import Grid, run_grid
 from nm_lightning.cli.launch import fabric_of
 from nm_lightning.cli.sources import RUNS, open_source
+from nm_lightning.reporting.weights_and_biases import log_invocation
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -55,6 +60,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", help="digits, fashion_mnist, cifar10, cifar100, imagenet or folder, likewise")
     parser.add_argument("--data_dir", help="where the images are (data)")
     parser.add_argument("--weights", help="torchvision's pretrained weights instead of a checkpoint, such as DEFAULT")
+    parser.add_argument("--latency", action="store_true", help="time an image before and after, batches of 1 and 128")
     parser.add_argument("--export", nargs="+", default=[], help="pt2, onnx: each result as a file that runs elsewhere")
     parser.add_argument("--output", type=Path, help="folder for report, plot and checkpoints (a new one under runs/)")
     parser.add_argument("--seed", type=int, default=0, help="of whatever is random")
@@ -62,6 +68,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--devices", type=int, default=1, help="processes on each machine, a device for each (1)")
     parser.add_argument("--num_nodes", type=int, default=1, help="machines, each started by torchrun or SLURM (1)")
     parser.add_argument("--strategy", default="auto", help="Lightning's name of it, such as ddp (auto)")
+    parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    parser.add_argument("--json", action="store_true", help="print report.json and nothing else")
+    parser.add_argument("--wandb_project", default="nm-lightning", help="Weights & Biases project (nm-lightning)")
+    parser.add_argument("--wandb_entity", help="team or user there (yours)")
+    parser.add_argument("--wandb_tags", nargs="+", default=[], help="tags of the run")
     return parser.parse_args(arguments)
 
 
@@ -106,12 +117,21 @@ def main(arguments: list[str] | None = None) -> None:
             target_parameters=args.target_parameters,
             target_macs=args.target_macs,
             finetune=args.finetune,
+            latency=args.latency,
             seed=args.seed,
         )
         source = open_source(args.checkpoint, args.model, args.data, args.data_dir, args.weights, args.seed)
         label = source.module.hparams.name.replace("/", "_")
         output = args.output or RUNS / f"compress-{label}-{time.strftime('%Y%m%d-%H%M%S')}"
-        run_grid(source, grid, output, fabric)
+        get_console().quiet = args.quiet or args.json
+        report = run_grid(source, grid, output, fabric, shlex.join(["python", *sys.argv]))
+        if fabric.is_global_zero:
+            where = args.wandb_project, args.wandb_entity, args.wandb_tags
+            line = log_invocation(report, vars(args), output, source.path, *where)
+            if line:
+                get_console().print(line, soft_wrap=True)
+            if args.json:
+                print(json.dumps(report))
 
 
 if __name__ == "__main__":

@@ -174,6 +174,7 @@ def main() -> None:
     parser.add_argument("networks", nargs="*", default=list(CELLS), help=", ".join(CELLS))
     parser.add_argument("--checkpoints", type=Path, default=Path("checkpoints"), help="the published files")
     parser.add_argument("--data_dir", type=Path, default=Path("data"), help="where the images are")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), help="some of the columns")
     parser.add_argument("--draws", type=int, default=3, help="calibration sets")
     parser.add_argument("--output", type=Path, default=DOCS / "beyond_paper.jsonl", help="a line of JSON for each row")
     parser.add_argument("--table", action="store_true", help="only write table and plot")
@@ -184,7 +185,8 @@ def main() -> None:
         bench = None
         for seed in range(args.draws):
             for cell in CELLS[name]:
-                for label, (_, kind) in METHODS.items():
+                for label in args.methods:
+                    kind = METHODS[label][1]
                     same = kind is None or (name == "efficientnet_lite0" and kind == "data")  # it has 500 photos
                     if (name, str(cell), label, seed) in done or (seed and same):
                         continue

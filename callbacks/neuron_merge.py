@@ -1,34 +1,42 @@
 """Prune or merge a network's neurons when training ends, and log what it cost."""
 
 import copy
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
+from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from pytorch_lightning.strategies.launchers import _MultiProcessingLauncher
 from pytorch_lightning.utilities import rank_zero_info
 from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch import Tensor
 
-from nm_lightning.compression import CompressionResult, compress, cost
+from nm_lightning.compression import CompressionResult, compress, cost, trace
 from nm_lightning.compression.calibration import check_size
-from nm_lightning.compression.checkpoint import load_weights, read, write
+from nm_lightning.compression.checkpoint import load_weights, read, sha256, write
 from nm_lightning.compression.fold import compose
 from nm_lightning.compression.methods import Options
 from nm_lightning.compression.ranks import Ranks
+from nm_lightning.compression.report import Cost, similarity
 from nm_lightning.compression.select import check_ratio
 from nm_lightning.data import ImageData
 from nm_lightning.errors import InputError
 from nm_lightning.modules import evaluate
+from nm_lightning.reporting.files import write_report
+from nm_lightning.reporting.results import Baseline, Result, assemble, percent
+from nm_lightning.reporting.weights_and_biases import log_compression, summary, warn_instead
 
 SHARDED = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)  # no rank has the whole network
 
 
 class NeuronMergeCallback(Callback):
-    """After `fit`: take the best weights, measure, compress a copy, measure again, log, and save `compressed.ckpt`.
+    """After `fit`: take the best weights, measure, compress a copy, measure again, log, and save.
+
+    The files are `compressed.ckpt` and a report, `compressed.{html,md,json}`, beside the best checkpoint.
 
     The accuracies are the test set's where the data module has one, else the validation set's; without batches of
     inputs and class labels they are left out. They go, with parameters and MACs, to every logger of the Trainer as
@@ -141,18 +149,23 @@ class NeuronMergeCallback(Callback):
         calibration = self.calibration
         if isinstance(calibration, str) and calibration == "data":
             calibration = _unlabelled(original, trainer, device, self.settings["calibration_size"], ranks)
+        start = time.perf_counter()
         self.result = compress(original, example, calibration=calibration, strategy=trainer.strategy, **self.settings)
-        metrics: dict[str, float] = {}
-        for when, module in (("before", original), ("after", self.result.model)):
-            if labelled:
-                title = f"accuracy {when} compression"
-                metrics[f"accuracy/{when}"] = evaluate(module, loader, data, device, title, ranks)
-            size = cost(module, example)
-            metrics |= {f"parameters/{when}": size.parameters, f"macs/{when}": size.macs}
+        seconds = time.perf_counter() - start
+        sizes = [cost(module, example) for module in (original, self.result.model)]
+        accuracies: list[float | None] = [None, None]
+        if labelled:
+            titles = ("accuracy before compression", "accuracy after compression")
+            modules = (original, self.result.model)
+            accuracies = [
+                evaluate(module, loader, data, device, title, ranks)
+                for module, title in zip(modules, titles, strict=True)
+            ]
+        report = self._report(trainer, original, example, sizes, accuracies, seconds)
+        metrics = summary(report)
         accuracy = "not measured, as it needs batches of inputs and class labels"
         if labelled:
-            metrics["accuracy/drop"] = metrics["accuracy/before"] - metrics["accuracy/after"]
-            accuracy = f"{100 * metrics['accuracy/before']:.2f} % to {100 * metrics['accuracy/after']:.2f} %"
+            accuracy = f"{percent(accuracies[0])} % to {percent(accuracies[1])} %"
 
         plan = compose(getattr(pl_module, "compression_plan", {}), self.result.plan)
         folder = Path(best).parent if best else Path(trainer.log_dir or trainer.default_root_dir)
@@ -166,6 +179,10 @@ class NeuronMergeCallback(Callback):
             if data is not None:
                 more["datamodule_hyper_parameters"] = dict(data.hparams)
             write(folder / self.filename, state, plan, **more)
+            write_report(folder / Path(self.filename).stem, report)
+            for logger in trainer.loggers:
+                if isinstance(logger, WandbLogger):
+                    warn_instead(log_compression, logger.experiment, report, folder, Path(best) if best else None)
         rank_zero_info(
             f"{self.settings['method']}: accuracy {accuracy}, parameters {metrics['parameters/before']:,} to "
             f"{metrics['parameters/after']:,}" + (f"; saved {folder / self.filename}" if saved else "")
@@ -175,6 +192,51 @@ class NeuronMergeCallback(Callback):
             for name, child in narrow.named_children():
                 setattr(pl_module, name, child)
             pl_module.compression_plan = plan
+
+    def _report(
+        self,
+        trainer: Trainer,
+        original: LightningModule,
+        example: Tensor,
+        sizes: Sequence[Cost],
+        accuracies: Sequence[float | None],
+        seconds: float,
+    ) -> dict:
+        """What report.json holds, as compress.py writes it."""
+        found, settings = self.result, self.settings
+        total = sum(site.before for site in found.report.sites)
+        ratio = None if settings["widths"] is not None else settings["ratio"]
+        sites = trace(original, example, settings["scope"]).sites
+        row = Result(
+            settings["method"],
+            settings["criterion"],
+            ratio,
+            accuracies[1],
+            sizes[1].parameters,
+            sizes[1].macs,
+            round(seconds, 3),
+            found.report.widths,
+            found.report.notes,
+            self.filename,
+            1 - sum(found.report.widths.values()) / total if total else 0.0,
+            found.report.sites,
+            similarity(original, sites, found.keep),
+        )
+        best = getattr(trainer.checkpoint_callback, "best_model_path", "")
+        data = type(trainer.datamodule).__name__ if trainer.datamodule is not None else "its loaders"
+        about = {
+            "title": f"{original.hparams.get('name', type(original).__name__)} after training",
+            "model": type(original).__name__,
+            "data": data,
+            "origin": best or "the end of training",
+            "command": "",
+            "left_alone": found.report.skipped,
+            "device": str(trainer.strategy.root_device),
+            "ranks": trainer.world_size,
+            "checkpoint_sha256": sha256(best),
+        }
+        before = Baseline(accuracies[0], sizes[0].parameters, sizes[0].macs)
+        return assemble(about, before, [row])
 
 
 def _unlabelled(module: LightningModule, trainer: Trainer, device: torch.device, size: int, ranks: Ranks) -> Tensor:

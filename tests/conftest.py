@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
+os.environ.setdefault("WANDB_MODE", "disabled")  # tests of W&B switch it on
 sys.path.insert(0, str(ROOT))  # train.py and compress.py are scripts beside the package
 
 from nm_lightning.data.readers import DEBIAN_FASHION_MNIST  # noqa: E402

@@ -19,15 +19,20 @@ from nm_lightning.cli.launch import launch
 from nm_lightning.cli.presets import preset
 from nm_lightning.cli.sources import Source
 from nm_lightning.compression import CompressionResult, compress, cost, trace
-from nm_lightning.compression.checkpoint import write
+from nm_lightning.compression.checkpoint import sha256, write
 from nm_lightning.compression.export import FORMATS, check_format, export
 from nm_lightning.compression.fold import compose, prefixed
 from nm_lightning.compression.methods import Options
 from nm_lightning.compression.ranks import Ranks
+from nm_lightning.compression.report import similarity
 from nm_lightning.compression.select import budget, check_ratio, check_target, choose
 from nm_lightning.errors import InputError
 from nm_lightning.modules import evaluate
-from nm_lightning.reporting.results import Baseline, Result, print_table, write_files
+from nm_lightning.modules.latency import latency
+from nm_lightning.reporting.files import write_files
+from nm_lightning.reporting.results import Baseline, Result, assemble, print_table
+
+NOTES = 6  # lines of them on the terminal
 
 
 @dataclass
@@ -53,10 +58,11 @@ class Grid:
     target_parameters: float | None = None
     target_macs: float | None = None
     finetune: int = 0
+    latency: bool = False
     seed: int = 0
 
 
-def run_grid(source: Source, grid: Grid, output: Path, fabric: Fabric) -> list[Result]:
+def run_grid(source: Source, grid: Grid, output: Path, fabric: Fabric, command: str = "") -> dict:
     """Evaluate the original and every compressed network; write the report, the plot and the checkpoints.
 
     Args:
@@ -64,6 +70,10 @@ def run_grid(source: Source, grid: Grid, output: Path, fabric: Fabric) -> list[R
         grid: what to run.
         output: folder that appears, or is updated, when all is complete; rank 0 alone writes it.
         fabric: Lightning's, on whose devices the work is done; launched here, once all settings are checked.
+        command: that repeats it.
+
+    Returns:
+        What report.json holds.
 
     Raises:
         InputError: a setting that does not fit, found before anything is evaluated.
@@ -112,7 +122,7 @@ def run_grid(source: Source, grid: Grid, output: Path, fabric: Fabric) -> list[R
 
     launch(fabric)
     ranks = Ranks(fabric.strategy)
-    console.quiet = ranks.rank > 0
+    console.quiet |= ranks.rank > 0
     calibration, images = None, 0
     if targets or any(options.looks for options in cells):
         calibration = data.calibration_images(grid.calibration, grid.calibration_size, grid.seed, ranks)
@@ -130,7 +140,8 @@ def run_grid(source: Source, grid: Grid, output: Path, fabric: Fabric) -> list[R
             console.print(f"{ranks.size} ranks, {type(fabric.strategy).__name__}", soft_wrap=True)
         before = cost(network, example)
         loader = data.test_dataloader()
-        baseline = Baseline(evaluate(network, loader, data, device, "original", ranks), before.parameters, before.macs)
+        accuracy = evaluate(network, loader, data, device, "original", ranks)
+        baseline = Baseline(accuracy, before.parameters, before.macs, latency(network, example) if grid.latency else [])
         results: list[Result] = []
         for method, criterion, ratio in itertools.product(grid.methods, grid.criteria, ratios):
             start = time.perf_counter()
@@ -171,6 +182,9 @@ def run_grid(source: Source, grid: Grid, output: Path, fabric: Fabric) -> list[R
                     compressed.report.notes,
                     file,
                     1 - sum(compressed.report.widths.values()) / total if total else 0.0,
+                    compressed.report.sites,
+                    similarity(network, sites, compressed.keep),
+                    latency(compressed.model, example) if grid.latency else [],
                 )
             )
             if folder is None:
@@ -185,15 +199,25 @@ def run_grid(source: Source, grid: Grid, output: Path, fabric: Fabric) -> list[R
             about |= {"calibration": grid.calibration, "calibration_size": images, "ridge": grid.ridge}
             about |= {f"target_{name}": share for name, share in targets.items()}
             about |= {"recalibrate_norm": grid.recalibrate_norm, "finetune": grid.finetune, "seed": grid.seed}
-        about |= {"implementation": grid.implementation, "torch": torch.__version__, "left_alone": skipped}
+        about |= {"implementation": grid.implementation, "left_alone": skipped}
+        about |= {
+            "command": command,
+            "device": str(device),
+            "ranks": ranks.size,
+            "checkpoint_sha256": sha256(source.path),
+        }
+        report = assemble(about, baseline, results)
         if folder is not None:
-            write_files(folder, about, baseline, results)
+            write_files(folder, report)
 
-    print_table(console, baseline, results)
-    for note in dict.fromkeys(note for result in results for note in result.notes):
+    print_table(console, report)
+    notes = list(dict.fromkeys(note for result in results for note in result.notes))
+    for note in notes[:NOTES]:
         console.print(f"note: {note}", soft_wrap=True)
+    if len(notes) > NOTES:
+        console.print(f"note: {len(notes) - NOTES} more in report.html", soft_wrap=True)
     console.print(f"report, plot and checkpoints: {output}/", soft_wrap=True)
-    return results
+    return report
 
 
 def _save_checkpoint(path: Path, source: Source, compressed: CompressionResult) -> None:

@@ -23,11 +23,13 @@ class Source:
         module: the network in its LightningModule.
         data: its data module.
         origin: where the weights come from, for people.
+        path: of the checkpoint, if there is one.
     """
 
     module: ImageClassifier
     data: ImageData
     origin: str
+    path: Path | None = None
 
 
 def open_source(
@@ -80,13 +82,13 @@ def open_source(
                 raise InputError(f"checkpoint {str(path)!r} was trained for {label} {trained}, {data} has {shape}")
         module.on_load_checkpoint(content)
         load_weights(module, content["state_dict"], path)
-        return Source(module, images, str(path))
+        return Source(module, images, str(path), path)
     torch.manual_seed(seed)
     module = ImageClassifier(name, images.num_classes, images.input_shape, weights=weights)
     if path is None:
         return Source(module, images, f"torchvision's {weights}" if weights else "random weights")
     load_weights(module.model, _state_dict(content, path), path)
-    return Source(module, images, str(path))
+    return Source(module, images, str(path), path)
 
 
 def _newest_run(model: str | None, data: str | None) -> tuple[Path, dict[str, Any]] | None:

@@ -1,5 +1,6 @@
 """A compressed network on disk: its weights and the plan that narrows the wide architecture to them."""
 
+import hashlib
 import os
 import re
 from pathlib import Path
@@ -47,6 +48,11 @@ def write(path: str | Path, state_dict: dict[str, Tensor], plan: Plan, **more: A
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def sha256(path: str | Path | None) -> str:
+    """A file's hash; empty where there is none."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path and Path(path).is_file() else ""
 
 
 def load(path: str | Path, into: nn.Module) -> nn.Module:

@@ -1,12 +1,17 @@
 """What a compression did: one row for each site, the layers left alone, and a network's size and cost."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from nm_lightning.compression.decompose import neuron_vectors
+from nm_lightning.compression.fold import named_tensors
 from nm_lightning.compression.prepare import modes_kept
+from nm_lightning.compression.sites import Site
 
 
 @dataclass
@@ -67,6 +72,27 @@ class Report:
             note = f" ({site.note})" if site.note else ""
             rows.append(f"{site.name:32} {site.before:7} {site.after:7} {site.merged:7}  {site.method}{note}")
         return "\n".join(rows + [f"{name:32} left alone: {reason}" for name, reason in self.skipped.items()])
+
+
+@torch.no_grad()
+def similarity(model: nn.Module, sites: Sequence[Site], keep: Mapping[str, Tensor], bins: int = 20) -> list[int]:
+    """How like the survivors the removed neurons were: their largest cosine with one, counted in bins from -1 to 1.
+
+    Args:
+        model: the original network.
+        sites: as `trace` finds them.
+        keep: by site, the survivors; other sites are left out.
+        bins: equally wide.
+    """
+    tensors, counts = named_tensors(model), torch.zeros(bins)
+    for site in sites:
+        if site.name in keep and site.producers[0].even(site.width) and len(keep[site.name]) < site.width:
+            vectors = F.normalize(neuron_vectors(site.producers[0], tensors, with_bias=False).float(), dim=1)
+            gone = torch.ones(site.width, dtype=torch.bool)
+            gone[keep[site.name]] = False
+            nearest = [(part @ vectors[keep[site.name]].T).amax(dim=1) for part in vectors[gone].split(1024)]
+            counts += torch.cat(nearest).clamp(-1, 1).cpu().histc(bins, -1, 1)
+    return counts.int().tolist()
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,18 @@
-"""The rows of a grid of compressions, as a table, as JSON and CSV, and as a plot of accuracy over ratio."""
+"""What a compression, or a grid of them, has found: rows for a table, and one dictionary for every kind of report."""
 
-import csv
-import json
-from collections import defaultdict
-from dataclasses import asdict, dataclass
-from pathlib import Path
+import importlib.metadata
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
+
+from nm_lightning.compression.report import SiteReport
+from nm_lightning.modules.latency import Latency
+
+PACKAGES = ("nm-lightning", "torch", "torchvision", "pytorch-lightning")
+ONE_POINT = 0.01  # of accuracy: what a compression may cost before it is a trade
 
 
 @dataclass
@@ -18,8 +22,8 @@ class Result:
     Attributes:
         method: prune, merge, ...
         criterion: which neurons stayed.
-        ratio: share of neurons removed at each site; None where widths were given.
-        accuracy: a fraction of the test set.
+        ratio: share of neurons removed at each site; None where widths or a target were given.
+        accuracy: a fraction of the test set; None where there are no labels.
         parameters: of the compressed network.
         macs: multiply-accumulates for one image.
         seconds: of the compression alone.
@@ -27,12 +31,16 @@ class Result:
         notes: what a reader should know.
         checkpoint: the file's name in the same folder.
         removed: share of all the sites' neurons that is gone.
+        sites: what happened at each.
+        similarity: of the removed neurons' largest cosines with a survivor, how many fall into each of 20 equal bins
+            from -1 to 1.
+        latency: at each batch size, where it was measured.
     """
 
     method: str
     criterion: str
     ratio: float | None
-    accuracy: float
+    accuracy: float | None
     parameters: int
     macs: int
     seconds: float
@@ -40,82 +48,101 @@ class Result:
     notes: list[str]
     checkpoint: str
     removed: float
+    sites: list[SiteReport] = field(default_factory=list)
+    similarity: list[int] = field(default_factory=list)
+    latency: list[Latency] = field(default_factory=list)
 
 
 @dataclass
 class Baseline:
-    """The original network: accuracy (a fraction), parameters, and MACs for one image."""
+    """The original network: accuracy (a fraction, None without labels), parameters, and MACs for one image."""
 
-    accuracy: float
+    accuracy: float | None
     parameters: int
     macs: int
+    latency: list[Latency] = field(default_factory=list)
 
 
-def print_table(console: Console, baseline: Baseline, results: list[Result]) -> None:
+def assemble(about: dict, baseline: Baseline, results: Sequence[Result]) -> dict:
+    """All of it as plain dictionaries and lists, which is what report.json holds."""
+    installed = {entry.name for entry in importlib.metadata.distributions()}
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES if name in installed}
+    rows = [asdict(result) for result in results]
+    return {**about, "versions": versions, "baseline": asdict(baseline), "results": rows}
+
+
+def featured(report: dict) -> dict:
+    """The row to show first: the smallest network within a point of the original, else the most accurate one."""
+    rows, before = report["results"], report["baseline"]["accuracy"]
+    good = [row for row in rows if before is None or before - row["accuracy"] <= ONE_POINT]
+    if good:
+        return min(good, key=lambda row: (row["parameters"], -(row["accuracy"] or 0)))
+    return max(rows, key=lambda row: row["accuracy"])
+
+
+def best_at_each_ratio(report: dict) -> dict[str, dict]:
+    """The most accurate row of each ratio, ascending; widths and targets count as one ratio, the share removed."""
+    found: dict[float, dict] = {}
+    for row in report["results"]:
+        share = share_removed(row)
+        if share not in found or (row["accuracy"] or 0) > (found[share]["accuracy"] or 0):
+            found[share] = row
+    return {f"{share:.3g}": found[share] for share in sorted(found)}
+
+
+def share_removed(row: dict) -> float:
+    """A row's place on a plot's axis."""
+    return row["removed"] if row["ratio"] is None else row["ratio"]
+
+
+def print_table(console: Console, report: dict) -> None:
     """Accuracy before and after, size and cost of every result."""
+    baseline, timed = report["baseline"], bool(report["baseline"]["latency"])
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
     for column in ("method", "criterion", "ratio"):
         table.add_column(column, no_wrap=True)
-    for column in ("before %", "after %", "parameters", "MACs", "seconds"):
+    columns = [*(["accuracy %"] if timed else ["before %", "after %"]), "parameters", "MACs"]
+    columns += [*(["ms/image"] if timed else []), "seconds"]
+    for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
-    before = f"{100 * baseline.accuracy:.2f}"
-    table.add_row("original", "", "", before, "", _short(baseline.parameters), _short(baseline.macs), "")
-    for result in results:
+
+    def latency(row: dict) -> list[str]:
+        return [f"{row['latency'][0]['median']:.2f}"] if timed else []
+
+    before, parameters, macs = percent(baseline["accuracy"]), baseline["parameters"], baseline["macs"]
+    first = ["original", "", "", before, *([] if timed else [""])]
+    table.add_row(*first, short(parameters), short(macs), *latency(baseline), "")
+    for row in report["results"]:
         table.add_row(
-            result.method,
-            result.criterion,
-            "" if result.ratio is None else f"{result.ratio:g}",
-            before,
-            f"{100 * result.accuracy:.2f}",
-            f"{_short(result.parameters)} {result.parameters / baseline.parameters:4.0%}",
-            f"{_short(result.macs)} {result.macs / baseline.macs:4.0%}",
-            f"{result.seconds:.2f}",
+            row["method"],
+            row["criterion"],
+            "" if row["ratio"] is None else f"{row['ratio']:g}",
+            *([] if timed else [before]),  # a terminal has 80 columns
+            percent(row["accuracy"]),
+            f"{short(row['parameters'])} {row['parameters'] / parameters:4.0%}",
+            f"{short(row['macs'])} {row['macs'] / macs:4.0%}",
+            *latency(row),
+            f"{row['seconds']:.2f}",
         )
     console.print(table)
 
 
-def _short(number: int) -> str:
-    """Three digits and a unit, such as `266k`."""
+def percent(fraction: float | None) -> str:
+    """Two decimals.
+
+    >>> percent(0.5)
+    '50.00'
+    """
+    return "" if fraction is None else f"{100 * fraction:.2f}"
+
+
+def short(number: float) -> str:
+    """Three digits and a unit.
+
+    >>> short(266_610)
+    '267k'
+    """
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= size:
             return f"{number / size:.3g}{unit}"
-    return str(number)
-
-
-def write_files(folder: Path, about: dict, baseline: Baseline, results: list[Result]) -> None:
-    """Write report.json, results.csv and accuracy.png into `folder`."""
-    report = {**about, "baseline": asdict(baseline), "results": [asdict(result) for result in results]}
-    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    columns = ("method", "criterion", "ratio", "removed", "accuracy", "parameters", "macs", "seconds", "checkpoint")
-    with (folder / "results.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(columns)
-        writer.writerows([getattr(result, column) for column in columns] for result in results)
-    plot(folder / "accuracy.png", about.get("title", ""), baseline, results)
-
-
-def plot(path: Path, title: str, baseline: Baseline, results: list[Result]) -> None:
-    """Accuracy over the share of neurons removed, a line for each method and criterion."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    lines = defaultdict(list)
-    for result in results:
-        share = result.removed if result.ratio is None else result.ratio
-        lines[result.method, result.criterion].append((share, 100 * result.accuracy))
-    styles = dict(zip(dict.fromkeys(result.criterion for result in results), ("-", "--", ":", "-."), strict=False))
-    colours = {"prune": "C3", "merge": "C0", "reconstruct": "C2"}
-    figure, axes = plt.subplots(figsize=(7, 4.5), dpi=150, layout="constrained")
-    axes.axhline(100 * baseline.accuracy, color="0.5", linewidth=1, label=f"original ({100 * baseline.accuracy:.2f})")
-    for (method, criterion), points in lines.items():
-        axes.plot(*zip(*sorted(points), strict=True), styles.get(criterion, "-"), color=colours.get(method, "C4"),
-                  marker="o", markersize=4, label=f"{method}, {criterion}")  # fmt: skip
-    axes.set(xlabel="share of neurons removed", ylabel="test accuracy (%)", title=title)
-    if len({share for points in lines.values() for share, _ in points}) == 1:
-        axes.set_xlim(0, 1)  # around a single point the axis would be a hair's breadth
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    figure.savefig(path)
-    plt.close(figure)
+    return f"{number:.3g}"
