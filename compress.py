@@ -17,6 +17,7 @@ from nm_lightning.cli.errors import OneLineParser, fail, one_line_errors
 from nm_lightning.cli.grid import Grid, run_grid
 from nm_lightning.cli.launch import fabric_of
 from nm_lightning.cli.sources import RUNS, open_source
+from nm_lightning.cli.sweeps import flags_of
 from nm_lightning.reporting.weights_and_biases import log_invocation
 
 
@@ -73,7 +74,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--wandb_project", default="nm-lightning", help="Weights & Biases project (nm-lightning)")
     parser.add_argument("--wandb_entity", help="team or user there (yours)")
     parser.add_argument("--wandb_tags", nargs="+", default=[], help="tags of the run")
-    return parser.parse_args(arguments)
+    parser.add_argument("--sweep", type=Path, help="a W&B sweep file: its whole grid here, as one table and one plot")
+    args = parser.parse_args(arguments)
+    if args.sweep is not None:
+        own = sys.argv[1:] if arguments is None else arguments
+        args = parser.parse_args([*flags_of(args.sweep), *own])  # a flag given here wins
+    return args
 
 
 def parse_widths(words: list[str] | None) -> list[int] | dict[str, int] | None:
@@ -93,8 +99,8 @@ def parse_widths(words: list[str] | None) -> list[int] | dict[str, int] | None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the grid that the flags describe."""
-    args = parse(arguments)
     with one_line_errors():
+        args = parse(arguments)
         fabric = fabric_of(args.device, args.devices, args.num_nodes, args.strategy)
         torch.manual_seed(args.seed)
         grid = Grid(

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from pytorch_lightning import LightningModule, Trainer
-from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
+from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint, ThroughputMonitor
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.utilities import rank_zero_only
@@ -18,6 +18,7 @@ from nm_lightning.modules import ImageClassifier
 from nm_lightning.reporting.weights_and_biases import offline_without_account
 
 RUNS = Path("runs")
+QUIET = ("Checkpoint directory", ".*treespec, LeafSpec", "The number of training batches", ".*flops_per_batch")
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "lenet_300_100_fashion_mnist.yaml"
 
 
@@ -86,7 +87,8 @@ class TrainCLI(LightningCLI):
         if trainer.checkpoint_callbacks:  # `save_last` would only follow the best
             trainer.callbacks.append(ModelCheckpoint(folder, "last", enable_version_counter=False))
         if trainer.loggers:
-            trainer.callbacks.append(LearningRateMonitor("epoch"))
+            images = ThroughputMonitor(lambda batch: len(batch[1]), window_size=10)
+            trainer.callbacks += [LearningRateMonitor("epoch"), images]
         return trainer
 
 
@@ -101,7 +103,7 @@ def check_resumable(ckpt_path: str, module: ImageClassifier) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Train, then test the best checkpoint."""
     offline_without_account()
-    for message in ("Checkpoint directory", ".*treespec, LeafSpec", "The number of training batches"):
+    for message in QUIET:
         warnings.filterwarnings("ignore", message)
     with one_line_errors():
         cli = TrainCLI(

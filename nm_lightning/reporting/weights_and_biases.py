@@ -56,12 +56,15 @@ def log_invocation(
         offline_without_account()
         known = ("title", "model", "data", "origin", "checkpoint_sha256", "versions", "device", "ranks")
         config = {name: str(value) if isinstance(value, Path) else value for name, value in flags.items()}
+        config = {  # a sweep's cell has one of each
+            name: value[0] if isinstance(value, list) and len(value) == 1 else value for name, value in config.items()
+        }
         config |= {name: report[name] for name in known if report[name] is not None}
         settings = wandb.Settings(silent=True, console="off")
         options = {"job_type": "compress", "tags": list(tags), "config": config, "settings": settings}
         with wandb.init(project=project, entity=entity, name=report["title"], dir=folder.parent, **options) as run:
             log_compression(run, report, folder, original)
-            where = run.url or f"{Path(run.dir).parent}, wandb sync sends it"
+            where = f"{Path(run.dir).parent}, wandb sync sends it" if run.offline else run.url
         return f"W&B: {where}"
     except Exception as error:  # whatever it is, the compression is done and its files are written
         return f"W&B failed, all else is complete: {(str(error).splitlines() or [type(error).__name__])[0][:200]}"

@@ -1,0 +1,28 @@
+"""A Weights & Biases sweep file as flags, so that the same grid runs here, in one process, without W&B."""
+
+from pathlib import Path
+
+import yaml
+
+from nm_lightning.errors import InputError
+
+
+def flags_of(path: Path) -> list[str]:
+    """The flags of all values of all parameters, each list as one flag with several words.
+
+    Raises:
+        InputError: no sweep file, or one whose parameters are ranges to draw from.
+    """
+    try:
+        parameters = yaml.safe_load(path.read_text())["parameters"].items()
+    except OSError as error:
+        raise InputError(f"sweep {str(path)!r} can't be read ({error.strerror}): name one of configs/sweeps") from error
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+        raise InputError(f"sweep {str(path)!r} is no sweep file: it needs parameters, as configs/sweeps has") from error
+    flags = []
+    for name, content in parameters:
+        values = content.get("values", [content["value"]] if "value" in content else None) if content else None
+        if not isinstance(values, list):
+            raise InputError(f"sweep {str(path)!r}: parameter {name} is no list: give values or value")
+        flags += [f"--{name}", *map(str, values)]
+    return flags
