@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 UV := $(shell command -v uv 2>/dev/null)
 PIP := $(if $(UV),$(UV) pip install -q --python $(BIN)/python,$(BIN)/python -m pip install -q)
 
-.PHONY: env demo test paper lint benchmark zoo clean
+.PHONY: env demo test docs paper lint benchmark zoo clean
 
 env: $(VENV)/ready
 
@@ -20,10 +20,13 @@ demo: env  ## train on scikit-learn's digits, compress with every method, show t
 	$(BIN)/python compress.py --checkpoint runs/lenet_300_100_digits/best.ckpt --method prune merge reconstruct \
 		--criterion l2-norm --ratio 0.5 0.7 0.8 0.9 --output runs/demo
 
-test: env  ## style, doctests and tests
+test: env docs  ## style, documents, doctests and tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
+
+docs: env  ## the pages and the Python API, docs/_build/index.html
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build
 
 paper: env  ## every published number; NM_ASSETS names the folder with the published checkpoints
 	$(BIN)/python -m pytest tests/test_paper.py --paper
@@ -40,4 +43,4 @@ lint: env
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .ruff_cache
+	rm -rf $(VENV) docs/_build runs .pytest_cache .ruff_cache

@@ -132,7 +132,8 @@ def gather(rows: list[dict]) -> dict[str, dict[str, dict[str, list[float]]]]:
 
 def table(rows: list[dict]) -> str:
     """Markdown: the mean of the draws, and their spread (largest less smallest) where there are several."""
-    lines = ["| network | ratio | " + " | ".join(METHODS) + " |", "| --- | --- |" + " ---: |" * len(METHODS)]
+    lines = ["# Past the paper, every cell", ""]
+    lines += ["| network | ratio | " + " | ".join(METHODS) + " |", "| --- | --- |" + " ---: |" * len(METHODS)]
     for network, cells in gather(rows).items():
         for cell, methods in sorted(cells.items()):
             shown = []

@@ -116,7 +116,18 @@ def main() -> None:
         row = measure(name, args.data_dir, args.steps, args.rounds, args.workers, args.precision)
         lines.append("| " + " | ".join(row) + " |")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
-    table = "\n".join([f"{device}, torch {torch.__version__}, {args.workers} workers.", "", *lines]) + "\n"
+    table = (
+        "\n".join(
+            [
+                "# Training images per second",
+                "",
+                f"{device}, torch {torch.__version__}, {args.workers} workers.",
+                "",
+                *lines,
+            ]
+        )
+        + "\n"
+    )
     print(table)
     if args.networks == list(CASES):
         (DOCS / "throughput.md").write_text(table)

@@ -215,7 +215,8 @@ def table(rows: list[dict]) -> str:
             f" Of the {len(both)} that both handle, ours removes at least as many MACs on {removed}; in the median "
             f"torch-pruning takes {ratios[len(ratios) // 2]:.1f} times as long."
         )
-    return "\n".join([summary, "", *lines]) + "\n"
+    title = "# The zoo: timm" if rows and rows[0]["name"].startswith("timm/") else "# The zoo"
+    return "\n".join([title, "", summary, "", *lines]) + "\n"
 
 
 def main() -> None:

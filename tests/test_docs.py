@@ -1,0 +1,45 @@
+"""The documents' code runs as it stands there, and their pictures and links exist."""
+
+import re
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+
+
+@pytest.mark.parametrize("page", ["tutorial", "extending"])
+def test_code_blocks_run(page, in_tmp):
+    """One block after the other, in one namespace."""
+    from nm_lightning.compression import methods, select
+
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / f"{page}.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert len(blocks) >= 2
+    names = {"__name__": page}
+    with patch.dict(methods.METHODS), patch.dict(select.CRITERIA):  # what a page adds goes again
+        for number, block in enumerate(blocks):
+            exec(compile(block, f"{page}.md, block {number}", "exec"), names)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_and_pictures_exist(page):
+    for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), target
+
+
+def test_what_the_documents_call_exists():
+    """Every flag and every target of make that a document names."""
+    import compress
+
+    text = "\n".join(page.read_text() for page in PAGES)
+    known = Path(compress.__file__).read_text() + "".join(p.read_text() for p in (ROOT / "benchmarks").glob("*.py"))
+    known += (ROOT / "nm_lightning" / "cli" / "dashboard.py").read_text() + (ROOT / "train.py").read_text()
+    theirs = {"nnodes", "nproc_per_node", "node_rank", "master_addr", "master_port", "seed_everything"}
+    for flag in set(re.findall(r"(?<![\w-])--([a-z_]+)(?![\w.-])", text)) - theirs:
+        assert f'"--{flag}"' in known or flag in ("config", "help"), flag
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for target in re.findall(r"`make ([a-z]+)`", text):
+        assert target in targets, target
