@@ -505,3 +505,26 @@ def test_a_published_checkpoint_without_labels(published, fashion_mnist, tmp_pat
     assert accuracy["l2-norm"] > 0.81
     assert accuracy["output"] > 0.84
     assert report["calibration_size"] == 1024
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_attention_outputs_are_solved_behind_removed_heads(fused):
+    """A head that repeats another is made up for without loss; others cost less than pruned ones."""
+    from test_graph import Attention
+
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(12, 16), Attention(16, 4, 8, fused), nn.Flatten(), nn.Linear(6 * 16, 3)).eval()
+    for layer in (net[1].q, net[1].k, net[1].v):
+        layer.weight.data[8:16] = layer.weight.data[:8] * (0.1 if layer is net[1].v else 1)
+        layer.bias.data[8:16] = layer.bias.data[:8] * (0.1 if layer is net[1].v else 1)
+    x = torch.randn(256, 6, 12)
+    (site,) = (site for site in trace(net, x[:1]).sites if site.name == "1.q")
+    exact = compress(net, x[:1], "reconstruct", widths={site.name: 3}, sites=site.name, calibration=x, ridge=1e-8)
+    assert exact.report.sites[0].after == 3 and exact.report.sites[0].error < 1e-6
+    assert gap(exact.model, net, x) < 1e-3
+    errors = {}
+    for method in ("prune", "reconstruct"):
+        narrow = compress(net, x[:1], method, widths={site.name: 2}, sites=site.name, calibration=x[:128]).model
+        with torch.no_grad():
+            errors[method] = float((narrow(x[128:]) - net(x[128:])).square().mean())
+    assert errors["reconstruct"] < errors["prune"] / 2

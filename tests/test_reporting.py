@@ -277,3 +277,9 @@ def test_the_dashboard_by_its_specification(grid, capsys):
     for name in summary(report):
         if not name.endswith("/before") or name.startswith("accuracy"):
             assert name in text, name
+
+
+def test_training_logs_what_the_dashboard_shows(trained):
+    columns = (trained.parent / "version_0" / "metrics.csv").read_text().splitlines()[0].split(",")
+    wanted = {"train/loss_epoch", "train/accuracy", "train/top5", "val/accuracy", "val/top5", "lr-SGD"}
+    assert wanted | {"train/device/samples_per_sec"} <= set(columns)
