@@ -8,6 +8,7 @@ import json
 import shlex
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -103,29 +104,8 @@ def main(arguments: list[str] | None = None) -> None:
         args = parse(arguments)
         fabric = fabric_of(args.device, args.devices, args.num_nodes, args.strategy)
         torch.manual_seed(args.seed)
-        grid = Grid(
-            methods=args.method,
-            criteria=args.criterion,
-            ratios=args.ratio,
-            widths=parse_widths(args.widths),
-            sites=args.sites,
-            scope=args.scope,
-            exports=args.export,
-            threshold=args.threshold,
-            lamda=args.lamda,
-            formulation=args.formulation,
-            implementation=args.implementation,
-            calibration=args.calibration,
-            calibration_size=args.calibration_size,
-            ridge=args.ridge,
-            reconstruction=args.reconstruction,
-            recalibrate_norm=args.recalibrate_norm,
-            target_parameters=args.target_parameters,
-            target_macs=args.target_macs,
-            finetune=args.finetune,
-            latency=args.latency,
-            seed=args.seed,
-        )
+        args.widths = parse_widths(args.widths)
+        grid = Grid(**{setting.name: getattr(args, setting.name) for setting in fields(Grid)})
         source = open_source(args.checkpoint, args.model, args.data, args.data_dir, args.weights, args.seed)
         label = source.module.hparams.name.replace("/", "_")
         output = args.output or RUNS / f"compress-{label}-{time.strftime('%Y%m%d-%H%M%S')}"

@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -37,29 +37,29 @@ NOTES = 6  # lines of them on the terminal
 
 @dataclass
 class Grid:
-    """What to run; None leaves a setting to the preset of the network and its data."""
+    """What to run, by the names of the flags; None leaves a setting to the preset of the network and its data."""
 
-    methods: Sequence[str] = ("merge",)
-    criteria: Sequence[str] = ("l2-norm",)
-    ratios: Sequence[float] | None = None
-    widths: Sequence[int] | Mapping[str, int] | None = None
-    sites: Sequence[str] | None = None
-    scope: str = "hidden"
-    exports: Sequence[str] = ()
-    threshold: float | None = None
-    lamda: float | None = None
-    formulation: str = "published"
-    implementation: str = "fast"
-    calibration: str = "data"
-    calibration_size: int = 1024
-    ridge: float = 1e-3
-    reconstruction: str = "layer"
-    recalibrate_norm: bool = False
-    target_parameters: float | None = None
-    target_macs: float | None = None
-    finetune: int = 0
-    latency: bool = False
-    seed: int = 0
+    method: Sequence[str]
+    criterion: Sequence[str]
+    ratio: Sequence[float] | None
+    widths: Sequence[int] | Mapping[str, int] | None
+    target_parameters: float | None
+    target_macs: float | None
+    sites: Sequence[str] | None
+    scope: str
+    threshold: float | None
+    lamda: float | None
+    formulation: str
+    implementation: str
+    calibration: str
+    calibration_size: int
+    ridge: float
+    reconstruction: str
+    recalibrate_norm: bool
+    finetune: int
+    latency: bool
+    export: Sequence[str]
+    seed: int
 
 
 def run_grid(source: Source, grid: Grid, output: Path, fabric: Fabric, command: str = "") -> dict:
@@ -88,30 +88,23 @@ def run_grid(source: Source, grid: Grid, output: Path, fabric: Fabric, command: 
     widths = grid.widths
     targets = {"parameters": grid.target_parameters, "macs": grid.target_macs}
     targets = {name: share for name, share in targets.items() if share is not None}
-    if targets and (grid.ratios is not None or widths is not None):
+    if targets and (grid.ratio is not None or widths is not None):
         raise InputError(f"give --target_{next(iter(targets))} or --ratio or --widths, not both")
-    if widths is None and grid.ratios is None and grid.sites is None and not targets:
+    if widths is None and grid.ratio is None and grid.sites is None and not targets:
         widths = defaults.widths
     fixed = widths is not None and not isinstance(widths, Mapping)
-    ratios = [None] if fixed or targets else grid.ratios or ([None] if widths else [0.5])
+    ratios = [None] if fixed or targets else grid.ratio or ([None] if widths else [0.5])
 
     network = module.model.to(device).eval()
     example = module.example_input.to(device)
     sites = choose(trace(network, example, grid.scope).sites, patterns)
-    for name_of_format in grid.exports:
+    for name_of_format in grid.export:
         check_format(name_of_format)
-    shared = {
-        "threshold": threshold,
-        "lamda": lamda,
-        "formulation": grid.formulation,
-        "implementation": grid.implementation,
-        "ridge": grid.ridge,
-        "reconstruction": grid.reconstruction,
-        "recalibrate_norm": grid.recalibrate_norm,
-        "finetune": grid.finetune,
-        "seed": grid.seed,
-    }
-    cells = [Options(method, criterion, **shared) for method in grid.methods for criterion in grid.criteria]
+    shared = {"threshold": threshold, "lamda": lamda}
+    for setting in fields(Options):
+        if setting.name not in ("method", "criterion", *shared):
+            shared[setting.name] = getattr(grid, setting.name)
+    cells = [Options(method, criterion, **shared) for method in grid.method for criterion in grid.criterion]
     for options in cells:
         options.check_images(grid.calibration)
     for name_of_target, share in targets.items():
@@ -143,7 +136,7 @@ def run_grid(source: Source, grid: Grid, output: Path, fabric: Fabric, command: 
         accuracy = evaluate(network, loader, data, device, "original", ranks)
         baseline = Baseline(accuracy, before.parameters, before.macs, latency(network, example) if grid.latency else [])
         results: list[Result] = []
-        for method, criterion, ratio in itertools.product(grid.methods, grid.criteria, ratios):
+        for method, criterion, ratio in itertools.product(grid.method, grid.criterion, ratios):
             start = time.perf_counter()
             compressed = compress(
                 network,
@@ -190,7 +183,7 @@ def run_grid(source: Source, grid: Grid, output: Path, fabric: Fabric, command: 
             if folder is None:
                 continue
             _save_checkpoint(folder / file, source, compressed)
-            for ending in grid.exports:
+            for ending in grid.export:
                 export(compressed.model, example, (folder / file).with_name(file.removesuffix("ckpt") + ending))
         skipped = compressed.report.skipped
         about = {"title": f"{name} on {data_name}", "model": name, "data": data_name, "origin": source.origin}
