@@ -77,9 +77,13 @@ def run(place, *flags, script=ROOT / "compress.py", status=0):
 def same_as_single(place, output):
     """The report and the checkpoints are those of one process, but for the seconds."""
     reports = [json.loads((place / name / "report.json").read_text()) for name in ("single", output)]
-    for report in reports:
+    for report, ranks in zip(reports, (1, 2), strict=True):
+        assert report.pop("ranks") == ranks
+        del report["command"]
         for row in report["results"]:
             del row["seconds"]
+            for site in row["sites"]:
+                site["error"] = site["error"] and pytest.approx(site["error"], rel=1e-4, abs=1e-6)
     assert reports[0] == reports[1]
     for row in reports[0]["results"]:
         assert row["accuracy"] * TEST_IMAGES == pytest.approx(round(row["accuracy"] * TEST_IMAGES), abs=1e-9)
@@ -162,6 +166,20 @@ def two_hosts():
 def test_two_machines_with_their_own_addresses(place, two_hosts):
     torchrun(place, "hosts", two_hosts, "10.77.0.1", GLOO_SOCKET_IFNAME="nm0")
     same_as_single(place, "hosts")
+
+
+def test_two_machines_by_slurm(place):
+    """With the variables that srun sets on each of two nodes."""
+    job = {"SLURM_JOB_ID": "1234", "SLURM_JOB_NAME": "compress", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1"}
+    job |= {"SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "127.0.0.1", "SLURM_NODELIST": "127.0.0.1"}
+    job |= {"SLURM_LOCALID": "0", "MASTER_PORT": str(free_port())}
+    flags = command(ROOT / "compress.py", *FLAGS, "--num_nodes", "2", "--output", "slurm")
+    running = [
+        subprocess.Popen(flags, cwd=place, env=environment(**job, SLURM_PROCID=rank, SLURM_NODEID=rank))
+        for rank in ("0", "1")
+    ]
+    assert [process.wait(timeout=240) for process in running] == [0, 0]
+    same_as_single(place, "slurm")
 
 
 def test_torchrun_and_the_flags_disagree(place, monkeypatch):
