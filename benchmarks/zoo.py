@@ -67,7 +67,7 @@ def examine(model: nn.Module, images: Tensor, scope: str, exports: bool = False)
         outputs = result.model(images)
         wide = model(images)
         assert outputs.shape == wide.shape and outputs.isfinite().all()
-        assert after.parameters < before.parameters and after.macs < before.macs
+        assert after.parameters < before.parameters and after.macs < before.macs, "nothing to shrink in this scope"
         assert torch.equal(compress(model, images, ratio=0, scope=scope).model(images), wide), "ratio 0 changes outputs"
         layers = dict(model.named_modules())
         mixing = any(
