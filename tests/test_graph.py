@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from benchmarks.zoo import masked
 from nm_lightning import compress, trace
+from nm_lightning.compression import cost
 from nm_lightning.errors import InputError
 
 
@@ -385,3 +386,19 @@ def test_the_result_trains_like_any_network(method, tmp_path):
         assert again.model(x).shape == (8, 10)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_the_cost_of_a_network_that_hands_a_parameter_to_a_layer():
+    """Such as a class token; torch's counter expects everything that asks for a gradient to have one."""
+
+    class Token(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.token, self.fc = nn.Parameter(torch.zeros(1, 4)), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.fc(x) + self.fc(self.token)
+
+    net = Token()
+    assert cost(net, torch.zeros(3, 4)).macs == 16
+    assert net.token.requires_grad and net.fc.weight.requires_grad

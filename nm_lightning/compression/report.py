@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -114,7 +115,8 @@ def cost(model: nn.Module, example_input: Tensor) -> Cost:
     >>> cost(nn.Linear(4, 2), torch.zeros(1, 4))
     Cost(parameters=10, macs=8)
     """
+    constants = {name: tensor.detach() for name, tensor in model.named_parameters(remove_duplicate=False)}
     with modes_kept(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
         model.eval()
-        model(example_input[:1])
+        functional_call(model, constants, (example_input[:1],))  # the counter trips over a parameter that is an input
     return Cost(sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2)
