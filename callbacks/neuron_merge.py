@@ -8,18 +8,21 @@ from typing import Any
 
 import torch
 from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
+from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from pytorch_lightning.strategies.launchers import _MultiProcessingLauncher
+from pytorch_lightning.trainer.states import RunningStage
 from pytorch_lightning.utilities import rank_zero_info
 from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from nm_lightning.compression import CompressionResult, compress, cost, trace
-from nm_lightning.compression.calibration import check_size
+from nm_lightning.compression.calibration import batch_length, check_size, share
 from nm_lightning.compression.checkpoint import load_weights, read, sha256, write
 from nm_lightning.compression.fold import compose
 from nm_lightning.compression.methods import Options
+from nm_lightning.compression.prepare import plain_copy
 from nm_lightning.compression.ranks import Ranks
 from nm_lightning.compression.report import Cost, similarity
 from nm_lightning.compression.select import check_ratio
@@ -135,6 +138,13 @@ class NeuronMergeCallback(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compress; the Trainer has torn its loops down, its loggers are still open."""
+        stage, trainer.state.stage = trainer.state.stage, RunningStage.TESTING  # data modules augment while they train
+        try:
+            self._compress(trainer, pl_module)
+        finally:
+            trainer.state.stage = stage
+
+    def _compress(self, trainer: Trainer, pl_module: LightningModule) -> None:
         ranks = Ranks(trainer.strategy)
         original = copy.deepcopy(pl_module)
         best = getattr(trainer.checkpoint_callback, "best_model_path", "")
@@ -149,6 +159,9 @@ class NeuronMergeCallback(Callback):
         calibration = self.calibration
         if isinstance(calibration, str) and calibration == "data":
             calibration = _unlabelled(original, trainer, device, self.settings["calibration_size"], ranks)
+        elif isinstance(calibration, Tensor):
+            images = calibration[: self.settings["calibration_size"]]
+            calibration = share(images, batch_length(images.shape[1:]), ranks)
         start = time.perf_counter()
         self.result = compress(original, example, calibration=calibration, strategy=trainer.strategy, **self.settings)
         seconds = time.perf_counter() - start
@@ -170,9 +183,6 @@ class NeuronMergeCallback(Callback):
         plan = compose(getattr(pl_module, "compression_plan", {}), self.result.plan)
         folder = Path(best).parent if best else Path(trainer.log_dir or trainer.default_root_dir)
         saved = trainer.is_global_zero and not trainer.fast_dev_run
-        if trainer.is_global_zero:
-            for logger in trainer.loggers:
-                logger.log_metrics(metrics, step=trainer.global_step)
         if saved:
             state = {name: value.cpu() for name, value in self.result.model.state_dict().items()}
             more = {"hyper_parameters": dict(pl_module.hparams)}
@@ -180,18 +190,30 @@ class NeuronMergeCallback(Callback):
                 more["datamodule_hyper_parameters"] = dict(data.hparams)
             write(folder / self.filename, state, plan, **more)
             write_report(folder / Path(self.filename).stem, report)
-            for logger in trainer.loggers:
-                if isinstance(logger, WandbLogger):
-                    warn_instead(log_compression, logger.experiment, report, folder, Path(best) if best else None)
+
+        def to_wandb(logger: WandbLogger) -> None:
+            logger.log_metrics(metrics, step=trainer.global_step)
+            if saved:
+                log_compression(logger.experiment, report, folder, Path(best) if best else None)
+
+        for logger in trainer.loggers if trainer.is_global_zero else []:
+            if isinstance(logger, WandbLogger):
+                warn_instead(to_wandb, logger)
+            else:
+                logger.log_metrics(metrics, step=trainer.global_step)
         rank_zero_info(
             f"{self.settings['method']}: accuracy {accuracy}, parameters {metrics['parameters/before']:,} to "
             f"{metrics['parameters/after']:,}" + (f"; saved {folder / self.filename}" if saved else "")
         )
         if self.replace:
             narrow = self.result.model.to(pl_module.device)
-            for name, child in narrow.named_children():
+            for name, child in narrow._modules.items():  # aliases too
                 setattr(pl_module, name, child)
             pl_module.compression_plan = plan
+            for checkpoints in trainer.checkpoint_callbacks:  # what they kept is wide
+                if isinstance(checkpoints, ModelCheckpoint):
+                    checkpoints.best_k_models, checkpoints.best_model_score = {}, None
+                    checkpoints.best_model_path = "" if trainer.fast_dev_run else str(folder / self.filename)
 
     def _report(
         self,
@@ -206,7 +228,8 @@ class NeuronMergeCallback(Callback):
         found, settings = self.result, self.settings
         total = sum(site.before for site in found.report.sites)
         ratio = None if settings["widths"] is not None else settings["ratio"]
-        sites = trace(original, example, settings["scope"]).sites
+        plain = plain_copy(original)[0]
+        sites = trace(plain, example, settings["scope"]).sites
         row = Result(
             settings["method"],
             settings["criterion"],
@@ -220,7 +243,7 @@ class NeuronMergeCallback(Callback):
             self.filename,
             1 - sum(found.report.widths.values()) / total if total else 0.0,
             found.report.sites,
-            similarity(original, sites, found.keep),
+            similarity(plain, sites, found.keep),
         )
         best = getattr(trainer.checkpoint_callback, "best_model_path", "")
         data = type(trainer.datamodule).__name__ if trainer.datamodule is not None else "its loaders"
@@ -233,7 +256,7 @@ class NeuronMergeCallback(Callback):
             "left_alone": found.report.skipped,
             "device": str(trainer.strategy.root_device),
             "ranks": trainer.world_size,
-            "checkpoint_sha256": sha256(best),
+            "checkpoint_sha256": sha256(best) if trainer.is_global_zero else "",
         }
         before = Baseline(accuracies[0], sizes[0].parameters, sizes[0].macs)
         return assemble(about, before, [row])
@@ -263,8 +286,9 @@ def _test_loader(trainer: Trainer) -> Any:
     """The test set's loader; where there is none the validation set's, or else the training set's."""
     data = trainer.datamodule
     if data is None:
-        loader = trainer.val_dataloaders or trainer.train_dataloader
-        return loader[0] if isinstance(loader, (list, tuple)) else loader
+        loader = trainer.val_dataloaders
+        loader = loader[0] if isinstance(loader, (list, tuple)) and loader else loader
+        return trainer.train_dataloader if loader is None or isinstance(loader, (list, tuple)) else loader
     for stage, hook in (("test", "test_dataloader"), ("validate", "val_dataloader"), ("fit", "train_dataloader")):
         if is_overridden(hook, data, LightningDataModule):
             data.setup(stage)
@@ -285,4 +309,4 @@ def _example(module: LightningModule, data: Any, loader: Any, device: torch.devi
     images, labels = (part.to(device) for part in batch)
     if data is not None:
         images, _ = data.on_after_batch_transfer((images, labels), 0)
-    return images[:1], labelled
+    return images[:1].to(module.dtype) if images.is_floating_point() else images[:1], labelled

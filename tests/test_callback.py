@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning import LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, WandbLogger
 from torch import nn
@@ -203,3 +203,93 @@ def test_compresses_in_at_least_float32(precision, method, tmp_path):
     for name, value in wanted.state_dict().items():
         torch.testing.assert_close(found[name], value.to(kept), rtol=1e-5, atol=1e-6)
     assert logged(tmp_path)["accuracy/after"] > 0.5
+
+
+class Cropped(Users):
+    """Tied layers, and a data module that augments while the Trainer trains."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = self.net
+        self.again = nn.Linear(40, 10)
+        self.again.weight = self.net[3].weight
+
+
+class Augmenting(LightningDataModule):
+    def __init__(self, seen):
+        super().__init__()
+        self.seen, self.images = seen, torch.randn(64, 1, 8, 8)
+
+    def train_dataloader(self):
+        return DataLoader(TensorDataset(self.images, torch.arange(64) % 10), 16)
+
+    val_dataloader = test_dataloader = train_dataloader
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        self.seen.append(self.trainer.training)
+        return batch
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_test_images_are_not_augmented_and_aliases_are_replaced(precision, tmp_path):
+    seen = []
+    module = Cropped()
+    fit(tmp_path, Watching(seen, ratio=0.5, replace=True), module=module, precision=precision, epochs=1,
+        datamodule=Augmenting(seen))  # fmt: skip
+    after = seen[seen.index("end") + 1 :]
+    assert after and not any(after)
+    assert module.head is module.net and module.net[1].out_features == 20
+
+
+class Watching(NeuronMergeCallback):
+    def __init__(self, seen, **settings):
+        super().__init__(**settings)
+        self.seen = seen
+
+    def on_fit_end(self, trainer, pl_module):
+        self.seen.append("end")
+        super().on_fit_end(trainer, pl_module)
+
+
+def test_a_failing_wandb_loses_nothing(tmp_path):
+    with pytest.warns(UserWarning, match="W&B failed, all else is complete: gone"):
+        fit(tmp_path, NeuronMergeCallback(), logger=[CSVLogger(tmp_path), Failing()], epochs=1)
+    assert (tmp_path / "compressed.ckpt").is_file() and (tmp_path / "compressed.html").is_file()
+
+
+class Failing(WandbLogger):
+    """A W&B whose server is gone when training ends."""
+
+    def __init__(self):
+        pass
+
+    name = version = save_dir = "none"
+
+    def log_hyperparams(self, *_, **__):
+        pass
+
+    log_graph = save = finalize = after_save_checkpoint = watch = log_hyperparams
+
+    def log_metrics(self, metrics, step=None):
+        if "accuracy/after" in metrics:
+            raise ConnectionError("gone")
+
+
+@pytest.mark.parametrize("change", [nn.utils.parametrizations.weight_norm, None])
+def test_reparametrised_layers(change, tmp_path):
+    module = Users()
+    if change:
+        change(module.net[1])
+    else:
+        nn.utils.prune.l1_unstructured(module.net[1], "weight", 0.3)
+    data = {"train_dataloaders": DataLoader(TensorDataset(torch.randn(64, 1, 8, 8), torch.arange(64) % 10), 16)}
+    callback = NeuronMergeCallback("prune")
+    fit(tmp_path, callback, module=module, epochs=1, val_dataloaders=data["train_dataloaders"], **data)
+    assert callback.result.model.net[1].out_features == 20
+
+
+def test_replaced_and_fitted_again_by_the_same_trainer(tmp_path):
+    trainer, module = fit(tmp_path, NeuronMergeCallback(ratio=0.5, replace=True), epochs=1)
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(module, datamodule=build_data("digits", batch_size=64))
+    assert module.model.ip1.out_features == 75

@@ -402,3 +402,9 @@ def test_the_cost_of_a_network_that_hands_a_parameter_to_a_layer():
     net = Token()
     assert cost(net, torch.zeros(3, 4)).macs == 16
     assert net.token.requires_grad and net.fc.weight.requires_grad
+
+
+def test_the_cost_of_tied_weights():
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    net[2].weight = net[0].weight
+    assert cost(net, torch.zeros(1, 4)).macs == 32 and cost(net, torch.zeros(1, 4)).parameters == 16 + 8

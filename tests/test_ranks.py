@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning_fabric.utilities.distributed import DistributedSamplerWrapper
 from PIL import Image
 from pytorch_lightning import Trainer
 from pytorch_lightning.strategies import FSDPStrategy
+from torch.utils.data import BatchSampler
 
 from callbacks import NeuronMergeCallback
 from nm_lightning import compress
@@ -22,6 +24,7 @@ from nm_lightning.compression.ranks import Ranks
 from nm_lightning.data import build_data
 from nm_lightning.errors import InputError
 from nm_lightning.modules import ImageClassifier, evaluate
+from nm_lightning.modules.evaluate import dealt
 
 ROOT = Path(__file__).parent.parent
 TEST_IMAGES = 41  # two ranks can't share them evenly
@@ -311,3 +314,34 @@ def test_fewer_images_than_ranks():
 
     with pytest.raises(InputError, match="calibration_size 3 leaves some of 4 ranks without an image"):
         build_data("digits").calibration_images("data", 3, ranks=Ranks(Four()))
+
+
+@pytest.mark.parametrize("flags", [["--strategy", "ddp_spawn"], ["--strategy", "nonsense"], ["--devices", "0"]])
+def test_what_no_launcher_can_start(flags, place):
+    done = run(place, *FLAGS, "--devices", "2", *flags, "--output", "never", status=2)
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ") and flags[1] in line
+    assert not (place / "never").exists()
+
+
+def test_each_sampler_is_dealt_whole():
+    """Shuffled, a part, or wrapped by Lightning: over all ranks each index comes once."""
+
+    class Two:
+        world_size = 2
+
+        def __init__(self, rank):
+            self.global_rank = rank
+
+        def broadcast(self, value):
+            return first  # what rank 0 has drawn
+
+    data = torch.utils.data.TensorDataset(torch.arange(21))
+    part = torch.utils.data.SubsetRandomSampler(range(5, 18))
+    wrapped = DistributedSamplerWrapper(part, num_replicas=2, rank=0)
+    for sampler, wanted in ((None, range(21)), (part, range(5, 18)), (wrapped, range(5, 18))):
+        loader = torch.utils.data.DataLoader(data, 4, sampler=sampler)
+        own = BatchSampler(getattr(getattr(sampler, "dataset", None), "_sampler", loader.sampler), 4, False)
+        first = list(own)
+        seen = [int(x) for rank in (0, 1) for (batch,) in dealt(loader, Ranks(Two(rank))) for x in batch]
+        assert sorted(seen) == list(wanted)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,7 @@ def records(folder):
     """
     from wandb.proto.wandb_internal_pb2 import Record
 
+    time.sleep(3)  # its service writes the end after the run is finished
     (path,) = folder.glob("wandb/offline-run-*/*.wandb")
     content, position, found, whole = path.read_bytes(), 7, [], b""
     while position + 7 <= len(content):

@@ -12,12 +12,14 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from nm_lightning.errors import InputError, RankLost
 
+alike = True  # whether the processes of one machine meet the same errors, so that the first of them says it for all
+
 
 def fail(message: str, status: int = 2) -> NoReturn:
     """Print the message's essence as one line and exit."""
     lines = [line.strip() for line in str(message).splitlines() if line.strip()] or ["bad input"]
     line = lines[-1] if "Traceback" in message else " ".join(lines)
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes on a machine the first one says it
+    if not alike or os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
         print(f"error: {line.removeprefix('nm_lightning.errors.InputError: ')}", file=sys.stderr)
     raise SystemExit(status)
 
@@ -33,6 +35,7 @@ class OneLineParser(argparse.ArgumentParser):
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """Turn `InputError` into one line, and a termination signal into an ordinary exit that cleans up."""
+    global alike
 
     def terminate(number: int, frame: object) -> NoReturn:
         raise SystemExit(128 + number)
@@ -43,6 +46,7 @@ def one_line_errors() -> Iterator[None]:
     except (InputError, MisconfigurationException) as error:
         fail(str(error))
     except RankLost as error:
+        alike = True
         fail(str(error), status=1)
     except Exception as error:
         cause: BaseException | None = error

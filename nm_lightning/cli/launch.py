@@ -4,8 +4,10 @@ import os
 
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.strategies.launchers import _MultiProcessingLauncher
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
+from nm_lightning.cli import errors
 from nm_lightning.errors import InputError
 
 
@@ -37,11 +39,16 @@ def fabric_of(device: str, devices: int = 1, num_nodes: int = 1, strategy: str =
             f"give --devices {started // nodes} --num_nodes {nodes}"
         )
     kind, _, index = device.partition(":")
+    if index and devices > 1:
+        raise InputError(f"--device {device} is one device: give --device {kind} with --devices {devices}")
     try:
-        return Fabric(
+        fabric = Fabric(
             accelerator=kind, devices=[int(index)] if index else devices, num_nodes=num_nodes, strategy=strategy
         )
-    except (ValueError, RuntimeError, MisconfigurationException) as error:
+        if isinstance(fabric.strategy.launcher, _MultiProcessingLauncher):
+            raise ValueError("its processes are spawned: give --strategy ddp")
+        return fabric
+    except (ValueError, RuntimeError, ImportError, MisconfigurationException) as error:
         raise InputError(f"--strategy {strategy} --devices {devices} --device {device}: {error}") from error
 
 
@@ -55,3 +62,4 @@ def launch(fabric: Fabric) -> None:
         fabric.launch()
     except ValueError as error:
         raise InputError(str(error)) from error
+    errors.alike = False

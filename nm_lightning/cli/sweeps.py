@@ -21,8 +21,10 @@ def flags_of(path: Path) -> list[str]:
         raise InputError(f"sweep {str(path)!r} is no sweep file: it needs parameters, as configs/sweeps has") from error
     flags = []
     for name, content in parameters:
-        values = content.get("values", [content["value"]] if "value" in content else None) if content else None
+        content = content if isinstance(content, dict) else {}
+        values = content.get("values", [content["value"]] if "value" in content else None)
         if not isinstance(values, list):
-            raise InputError(f"sweep {str(path)!r}: parameter {name} is no list: give values or value")
-        flags += [f"--{name}", *map(str, values)]
+            raise InputError(f"sweep {str(path)!r}: parameter {name} needs values: [...] or value: ...")
+        if values != [False]:
+            flags += [f"--{name}", *(str(value) for value in values if value is not True)]
     return flags

@@ -149,7 +149,8 @@ def dead_leaves(count: int, shape: tuple[int, int, int], seed: int = 0, leaves: 
 def recalibrate_norms(model: nn.Module, batches: Iterable[Tensor], ranks: Ranks = ALONE) -> None:
     """Estimate the running statistics of all BatchNorms anew on all ranks' images, in place."""
     batches = list(batches)
-    if sum(map(len, batches)) < 2:
+    (short,) = ranks.total(batches[0].new_tensor(sum(map(len, batches)) < 2, dtype=torch.int64))
+    if short:
         raise InputError("recalibrate_norm: one image has no variance; give more calibration images")
     if any(len(batch) == 1 for batch in batches):
         batches = list(torch.cat(batches).split(2))

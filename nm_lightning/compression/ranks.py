@@ -52,9 +52,11 @@ class Ranks:
             raise RankLost(error) from error
 
     def agree(self, model: nn.Module) -> None:
-        """Give a network rank 0's parameters and buffers, in place."""
+        """Give a network rank 0's state dict, in place."""
         if self.size > 1:
-            state = {name: value.cpu() for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+            state = {}
+            if self.rank == 0:
+                state = {name: value.cpu() for name, value in model.state_dict().items() if isinstance(value, Tensor)}
             with torch.no_grad():
                 model.load_state_dict(self.first(state), strict=False)
 

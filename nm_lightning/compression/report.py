@@ -115,7 +115,7 @@ def cost(model: nn.Module, example_input: Tensor) -> Cost:
     >>> cost(nn.Linear(4, 2), torch.zeros(1, 4))
     Cost(parameters=10, macs=8)
     """
-    constants = {name: tensor.detach() for name, tensor in model.named_parameters(remove_duplicate=False)}
+    constants = {name: tensor.detach() for name, tensor in model.named_parameters()}
     with modes_kept(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
         model.eval()
         functional_call(model, constants, (example_input[:1],))  # the counter trips over a parameter that is an input

@@ -13,7 +13,7 @@ COLUMNS = ("method", "criterion", "ratio", "removed", "accuracy", "parameters", 
 
 def write_files(folder: Path, report: dict) -> None:
     """Write the five files of a grid into `folder`; the plot only where there are accuracies."""
-    with (folder / "results.csv").open("w", newline="") as file:
+    with (folder / "results.csv").open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(report["results"])
@@ -30,7 +30,7 @@ def write_report(stem: Path, report: dict) -> None:
         (".json", json.dumps(report, indent=2) + "\n"),
     ):
         draft = stem.with_name(f".{stem.name}{ending}")
-        draft.write_text(text)
+        draft.write_text(text, encoding="utf-8", errors="backslashreplace")
         draft.replace(stem.with_name(stem.name + ending))
 
 
