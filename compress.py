@@ -52,6 +52,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--reconstruction", default="layer", help="layer, or channel: one map for each site (GRAIL)")
     parser.add_argument("--ridge", type=float, default=1e-3, help="of reconstruct's least squares (0.001)")
     parser.add_argument(
+        "--refit", type=int, default=0, help="rounds of least squares for each site's layers together, no labels (0)"
+    )
+    parser.add_argument(
         "--recalibrate_norm", action="store_true", help="estimate BatchNorm statistics anew on the calibration images"
     )
     parser.add_argument(

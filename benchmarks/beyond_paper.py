@@ -48,6 +48,8 @@ METHODS = {
     "reconstruct": ({"method": "reconstruct"}, "data"),
     "reconstruct, output": ({"method": "reconstruct", "criterion": "output"}, "data"),
     "reconstruct, synthetic": ({"method": "reconstruct"}, "synthetic"),
+    "reconstruct, refit": ({"method": "reconstruct", "refit": 2}, "data"),
+    "reconstruct, refit, synthetic": ({"method": "reconstruct", "refit": 2}, "synthetic"),
     "reconstruct, equal parameters": ({"method": "reconstruct"}, "data"),  # as many as the cell's widths leave, and
     "reconstruct, equal MACs": ({"method": "reconstruct"}, "data"),  # shared between the sites by measured error
 }
@@ -176,6 +178,7 @@ def main() -> None:
     parser.add_argument("--checkpoints", type=Path, default=Path("checkpoints"), help="the published files")
     parser.add_argument("--data_dir", type=Path, default=Path("data"), help="where the images are")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), help="some of the columns")
+    parser.add_argument("--cells", nargs="+", help="some of the rows")
     parser.add_argument("--draws", type=int, default=3, help="calibration sets")
     parser.add_argument("--output", type=Path, default=DOCS / "beyond_paper.jsonl", help="a line of JSON for each row")
     parser.add_argument("--table", action="store_true", help="only write table and plot")
@@ -185,7 +188,7 @@ def main() -> None:
     for name in [] if args.table else args.networks:
         bench = None
         for seed in range(args.draws):
-            for cell in CELLS[name]:
+            for cell in (cell for cell in CELLS[name] if str(cell) in (args.cells or map(str, CELLS[name]))):
                 for label in args.methods:
                     kind = METHODS[label][1]
                     same = kind is None or (name == "efficientnet_lite0" and kind == "data")  # it has 500 photos

@@ -63,6 +63,7 @@ class NeuronMergeCallback(Callback):
             `synthetic` for images that a program draws, or a tensor as the network reads it.
         calibration_size: how many images.
         ridge: of the least squares of `reconstruct`.
+        refit: rounds in which each site's layers are fitted together to the original, after any method.
         recalibrate_norm: estimate BatchNorm statistics anew on the calibration images.
         replace: leave the compressed network in the Trainer's module instead of the original; a further `fit` trains
             it on.
@@ -90,12 +91,20 @@ class NeuronMergeCallback(Callback):
         calibration: str | Tensor = "data",
         calibration_size: int = 1024,
         ridge: float = 1e-3,
+        refit: int = 0,
         recalibrate_norm: bool = False,
         replace: bool = False,
         filename: str = "compressed.ckpt",
     ):
         options = Options(
-            method, criterion, threshold, lamda, formulation, ridge=ridge, recalibrate_norm=recalibrate_norm
+            method,
+            criterion,
+            threshold,
+            lamda,
+            formulation,
+            ridge=ridge,
+            refit=refit,
+            recalibrate_norm=recalibrate_norm,
         )
         if isinstance(calibration, str):
             options.check_images(calibration)
@@ -111,6 +120,7 @@ class NeuronMergeCallback(Callback):
             "formulation": formulation,
             "scope": scope,
             "ridge": ridge,
+            "refit": refit,
             "recalibrate_norm": recalibrate_norm,
             "calibration_size": calibration_size,
         }

@@ -55,6 +55,7 @@ class Grid:
     calibration_size: int
     ridge: float
     reconstruction: str
+    refit: int
     recalibrate_norm: bool
     finetune: int
     latency: bool
@@ -191,7 +192,7 @@ def run_grid(source: Source, grid: Grid, output: Path, fabric: Fabric, command: 
         if calibration is not None:
             about |= {"calibration": grid.calibration, "calibration_size": images, "ridge": grid.ridge}
             about |= {f"target_{name}": share for name, share in targets.items()}
-            about |= {"recalibrate_norm": grid.recalibrate_norm, "finetune": grid.finetune, "seed": grid.seed}
+            about |= {name: getattr(grid, name) for name in ("refit", "recalibrate_norm", "finetune", "seed")}
         about |= {"implementation": grid.implementation, "left_alone": skipped}
         about |= {
             "command": command,

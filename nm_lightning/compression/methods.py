@@ -40,6 +40,7 @@ class Options:
     implementation: str = "fast"
     ridge: float = 1e-3
     reconstruction: str = "layer"
+    refit: int = 0
     recalibrate_norm: bool = False
     finetune: int = 0
     seed: int = 0
@@ -56,7 +57,7 @@ class Options:
             return f"method {self.method}"
         if self.criterion == OUTPUT:
             return f"criterion {self.criterion}"
-        return "recalibrate_norm" if self.recalibrate_norm else "finetune" if self.finetune else ""
+        return next((label for label in ("refit", "recalibrate_norm", "finetune") if getattr(self, label)), "")
 
     def check_images(self, calibration: str) -> None:
         """Raise `InputError` where synthetic images would lead astray: they say nothing of a network's predictions."""
@@ -75,8 +76,9 @@ class Options:
         ):
             if getattr(self, label) not in choices:
                 raise InputError(f"unknown {label} {getattr(self, label)!r}: choose from {', '.join(choices)}")
-        if isinstance(self.finetune, bool) or not isinstance(self.finetune, int) or self.finetune < 0:
-            raise InputError(f"finetune {self.finetune!r}: give a whole number of epochs from 0")
+        for label, value, unit in (("refit", self.refit, "rounds"), ("finetune", self.finetune, "epochs")):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise InputError(f"{label} {value!r}: give a whole number of {unit} from 0")
         for label, value in (("threshold", self.threshold or 0), ("lamda", self.lamda)):
             if not isinstance(value, (int, float)) or not 0 <= value <= 1:
                 raise InputError(f"{label} {value!r}: give a number from 0 to 1")

@@ -17,6 +17,7 @@ from nm_lightning.compression.methods import METHODS, OUTPUT, RECONSTRUCT, Optio
 from nm_lightning.compression.output_aware import choose_by_output, costs_of, watch
 from nm_lightning.compression.prepare import evaluated, plain_copy, unwrapped
 from nm_lightning.compression.ranks import Ranks
+from nm_lightning.compression.refit import refit as refit_sites
 from nm_lightning.compression.report import Report, SiteReport, cost
 from nm_lightning.compression.sites import Site
 from nm_lightning.compression.trace import trace, without_data
@@ -60,6 +61,7 @@ def compress(
     calibration_size: int = 1024,
     ridge: float = 1e-3,
     reconstruction: str = "layer",
+    refit: int = 0,
     recalibrate_norm: bool = False,
     target_parameters: float | None = None,
     target_macs: float | None = None,
@@ -87,11 +89,13 @@ def compress(
         implementation: `fast`, or `reference` for the paper's loops.
         rounding: `(neurons, ratio)` to the number of survivors.
         calibration: unlabelled images as the network reads them: a tensor `(N, ...)`, a DataLoader, or `synthetic`
-            for images that a program draws. Needed by `reconstruct`, `output` and `recalibrate_norm`.
+            for images that a program draws. Needed by `reconstruct`, `output`,
+            `refit`, `recalibrate_norm`, `finetune` and targets.
         calibration_size: how many of them at most.
         ridge: of the least squares, as a share of the mean diagonal of a layer's Gram matrix.
         reconstruction: `layer` solves each layer behind for itself; `channel` is GRAIL's single map from the survivors
             to all neurons, shared by all consumers.
+        refit: rounds in which each site's layers are fitted together to the original, see `refit`; after any method.
         recalibrate_norm: estimate BatchNorm statistics anew at the end.
         target_parameters: instead of a ratio, the share of the network's parameters that may stay; each site gives up
             what costs least, by its measured reconstruction error on the calibration images.
@@ -126,6 +130,7 @@ def compress(
         implementation=implementation,
         ridge=ridge,
         reconstruction=reconstruction,
+        refit=refit,
         recalibrate_norm=recalibrate_norm,
         finetune=finetune,
         seed=seed,
@@ -175,6 +180,12 @@ def compress(
     report.sites = [SiteReport(site.name, site.width, len(keeps[site.name]), method) for site in chosen]
     work = Work(narrow, chosen, keeps, report, options, batches, ranks)
     narrow, plan = METHODS[method](work)
+    if refit:
+        shrunk = [site for site, _, _ in work.shrinking]
+        errors, refused = refit_sites(plain_copy(model)[0], narrow, shrunk, plan, batches, refit, ranks)
+        for row in report.sites:
+            row.error = errors.get(row.name, row.error)
+        report.remarks += [f"{name}: not refit: {reason}" for name, reason in refused.items()]
     if recalibrate_norm:
         recalibrate_norms(narrow, [images.to(example_input.dtype) for images in batches], ranks)
     if finetune:

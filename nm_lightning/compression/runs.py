@@ -49,6 +49,7 @@ class Run(fx.Interpreter):
 
     Attributes:
         norms: layers to be replaced by narrower ones.
+        swapped: by layer, the tensors that stand for its parameters.
     """
 
     def __init__(self, model: nn.Module, graph: fx.Graph, batches: Sequence[Tensor], memory: int = MEMORY):
@@ -57,15 +58,20 @@ class Run(fx.Interpreter):
         self.nodes = list(graph.nodes)
         self.position = {node: position for position, node in enumerate(self.nodes)}
         self.last = {node: max((self.position[user] for user in node.users), default=-1) for node in self.nodes}
-        self.kept: dict[int, tuple[int, dict[fx.Node, Any]]] = {}
+        self.kept: dict[int, tuple[int, dict[fx.Node, Any], int]] = {}  # where each batch waits, its values, bytes
         self.norms: dict[str, NarrowNorm] = {}
+        self.swapped: dict[str, dict[str, Tensor]] = {}
 
-    def states(self, stop: fx.Node) -> Iterator[dict[fx.Node, Any]]:
-        """Each batch's values that `stop` or a later node needs; `value` works on the one that was given last."""
+    def states(self, stop: fx.Node, count: int | None = None) -> Iterator[dict[fx.Node, Any]]:
+        """Each batch's values that `stop` or a later node needs; `value` works on the one that was given last.
+
+        Args:
+            stop: where the batches stop; never before an earlier stop.
+            count: of the first batches, if not all are wanted; the others wait where they are.
+        """
         until = self.position[stop]
-        kept, used = {}, 0
-        for index, batch in enumerate(self.batches):
-            start, env = self.kept.pop(index, (0, {}))
+        for index, batch in enumerate(self.batches[:count]):
+            start, env, _ = self.kept.pop(index, (0, {}, 0))
             self.env = env
             for position in range(start, until):
                 node = self.nodes[position]
@@ -78,9 +84,8 @@ class Run(fx.Interpreter):
             self.env = env
             tensors = [leaf for leaf in pytree.tree_leaves(list(env.values())) if isinstance(leaf, Tensor)]
             size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-            if used + size <= self.memory:
-                kept[index], used = (until, env), used + size
-        self.kept = kept
+            if sum(kept for _, _, kept in self.kept.values()) + size <= self.memory:
+                self.kept[index] = until, env, size
 
     def value(self, node: fx.Node) -> Any:
         """A node's value for the present batch, computed now if it lies ahead."""
@@ -91,7 +96,9 @@ class Run(fx.Interpreter):
         return self.env[node]
 
     def call_module(self, target: str, args: tuple, kwargs: dict) -> Any:
-        """The layer, or the narrow norm in its place."""
+        """The layer, or the narrow norm in its place, or the layer with other parameters."""
+        if target in self.swapped:
+            return torch.func.functional_call(self.fetch_attr(target), self.swapped[target], args, kwargs)
         return self.norms[target](*args) if target in self.norms else super().call_module(target, args, kwargs)
 
     def placeholder(self, target: str, args: tuple, kwargs: dict) -> Any:
