@@ -111,6 +111,21 @@ def test_two_ranks_on_one_machine(place):
     assert not list(place.glob(".two*"))
 
 
+def test_two_ranks_refit_alike(place):
+    """The sites whose image limit leaves a rank without a batch too: they sum to what one process sums."""
+    flags = ["--device", "cpu", "--method", "merge", "--refit", "1", "--calibration_size", "300"]
+    found = []
+    for output, more in (("refit", []), ("refit-two", ["--devices", "2"])):
+        run(place, *flags, *more, "--output", output)
+        (row,) = json.loads((place / output / "report.json").read_text())["results"]
+        assert not row["notes"] and all(0 < site["error"] < 1 for site in row["sites"])
+        found.append(torch.load(place / output / Path(row["checkpoint"]).name, weights_only=True)["state_dict"])
+    for key, value in found[0].items():
+        torch.testing.assert_close(found[1][key], value, rtol=1e-5, atol=1e-5)
+    rough = torch.load(place / "single" / "merge_l2-norm_0.5.ckpt", weights_only=True)["state_dict"]
+    assert any(not torch.equal(rough[key], value) for key, value in found[0].items())
+
+
 def free_port():
     with socket.socket() as one:
         one.bind(("", 0))
