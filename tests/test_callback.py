@@ -186,10 +186,10 @@ def test_bad_settings_are_refused_before_training(settings, says):
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
-@pytest.mark.parametrize("method", ["merge", "reconstruct"])
-def test_compresses_in_at_least_float32(precision, method, tmp_path):
+@pytest.mark.parametrize(("method", "refit"), [("merge", 0), ("reconstruct", 0), ("prune", 1)])
+def test_compresses_in_at_least_float32(precision, method, refit, tmp_path):
     """Whatever the Trainer's precision, weights are those of the best checkpoint compressed in float32 or float64."""
-    callback = NeuronMergeCallback(method, ratio=0.5, calibration_size=200)
+    callback = NeuronMergeCallback(method, ratio=0.5, calibration_size=200, refit=refit)
     _, module = fit(tmp_path, callback, epochs=1, precision=precision)
     kept = {"bf16-mixed": torch.float32, "bf16-true": torch.bfloat16, "64-true": torch.float64}[precision]
     best = torch.load(tmp_path / "best.ckpt", weights_only=True)["state_dict"]
@@ -199,7 +199,8 @@ def test_compresses_in_at_least_float32(precision, method, tmp_path):
     original = ImageClassifier("lenet_300_100", 10, (1, 8, 8)).to(exact)
     original.load_state_dict(best)
     calibration = build_data("digits", batch_size=64).calibration_images("data", 200)
-    wanted = nm_lightning.compress(original, original.example_input.to(exact), method, calibration=calibration).model
+    example = original.example_input.to(exact)
+    wanted = nm_lightning.compress(original, example, method, calibration=calibration, refit=refit).model
     for name, value in wanted.state_dict().items():
         torch.testing.assert_close(found[name], value.to(kept), rtol=1e-5, atol=1e-6)
     assert logged(tmp_path)["accuracy/after"] > 0.5

@@ -206,7 +206,8 @@ class Window:
         energies = torch.zeros(len(self.ends), dtype=torch.float64, device=self.found.batches[0].device)
         for _, targets, _ in self.batches():
             energies += torch.stack([target.square().sum(dtype=torch.float64) for target in targets])
-        self.energies = self.ranks.total(energies)[0].clamp(min=TINY).tolist()
+        (energies,) = self.ranks.total(energies)
+        self.energies = energies.clamp(min=max(1e-6 * float(energies.max()), TINY)).tolist()
         best = self.loss({name: parameter.detach() for name, parameter in self.free.items()})
         for _ in range(rounds):
             before, best = best, self.step(best)
