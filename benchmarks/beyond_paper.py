@@ -164,7 +164,13 @@ def plot(rows: list[dict], path: Path) -> None:
                 (float(cell), statistics.mean(methods[label])) for cell, methods in cells.items() if label in methods
             ]
             if points:
-                axes.plot(*zip(*sorted(points), strict=True), marker="o", markersize=4, color=f"C{number}", label=label)
+                axes.plot(
+                    *zip(*sorted(points), strict=True),
+                    marker="o",
+                    markersize=4,
+                    color=plt.cm.tab20(number),
+                    label=label,
+                )
         axes.set(xlabel="share of neurons removed", ylabel="test accuracy (%)", title=network)
         axes.grid(alpha=0.3)
     panels[0][0].legend(fontsize=8)

@@ -59,8 +59,8 @@ class NeuronMergeCallback(Callback):
         lamda: weight of the cosine distance against the bias distance, where a BatchNorm follows.
         scope: `hidden`, or `all` for residual streams too.
         formulation: `published`, `textbook` or `consistent`.
-        calibration: where `reconstruct` and `output` look for unlabelled images: `data` for training images,
-            `synthetic` for images that a program draws, or a tensor as the network reads it.
+        calibration: where `reconstruct`, `output`, `refit` and `recalibrate_norm` look for unlabelled images: `data`
+            for training images, `synthetic` for images that a program draws, or a tensor as the network reads it.
         calibration_size: how many images.
         ridge: of the least squares of `reconstruct`.
         refit: rounds in which each site's layers are fitted together to the original, after any method.

@@ -112,7 +112,7 @@ def test_two_ranks_on_one_machine(place):
 
 
 def test_two_ranks_refit_alike(place):
-    """The sites whose image limit leaves a rank without a batch too: they sum to what one process sums."""
+    """Also where few images are enough: they sum to what one process sums."""
     flags = ["--device", "cpu", "--method", "merge", "--refit", "1", "--calibration_size", "300"]
     found = []
     for output, more in (("refit", []), ("refit-two", ["--devices", "2"])):

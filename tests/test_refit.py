@@ -14,6 +14,7 @@ from nm_lightning import InputError, compress, trace
 from nm_lightning.compression import refit as refitting
 from nm_lightning.compression.fold import plan_sites
 from nm_lightning.compression.follow import Tracer
+from nm_lightning.compression.ranks import Ranks
 from nm_lightning.compression.refit import find_windows, refit
 from nm_lightning.compression.runs import Run
 
@@ -23,7 +24,7 @@ def windows_of(original, narrow, result, sites, x, size=32):
     wanted, found = (
         Run(network, graph, x.split(size)) for network, graph in zip((original, narrow), graphs, strict=True)
     )
-    return dict(find_windows(sites, result.plan, wanted, found)[0])
+    return dict(find_windows(sites, result.plan, wanted, found, size)[0])
 
 
 def test_a_product_is_that_of_the_dense_jacobian():
@@ -190,7 +191,7 @@ def test_dtypes_are_kept(dtype):
 def test_what_is_left_alone_is_said():
     model, x = lively(Residual()), images(64)
     result = compress(model, x[:1], "prune", ratio=0.5, scope="all", calibration=x, refit=1)
-    assert result.report.remarks == ["stem: not refit: its layers make a residual stream together"]
+    assert result.report.remarks == ["stem: not refit together: its layers make a residual stream together"]
     with pytest.raises(InputError, match="refit -1: give a whole number of rounds from 0"):
         compress(model, x[:1], calibration=x, refit=-1)
     with pytest.raises(InputError, match="refit looks at images"):
@@ -209,7 +210,88 @@ def test_what_is_left_alone_is_said():
 
     x = torch.randn(64, 8)
     result = compress(Tied(), x[:1], "prune", ratio=0.5, sites="up", calibration=x, refit=1)
-    assert result.report.remarks == ["up: not refit: down or its weight is used several times"]
+    assert result.report.remarks == ["up: not refit together: down or its weight is used several times"]
+
+
+class Lent(nn.Module):
+    """The encoder's weight is read once more, outside of it."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.enc = nn.Linear(8, 16), nn.Linear(16, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        y = x + self.b(F.relu(self.a(x)))
+        return torch.tanh(self.enc(y)) * 0.05 + 20 * F.linear(x, self.enc.weight)
+
+
+@pytest.mark.parametrize("method", ["prune", "reconstruct"])
+def test_a_weight_that_is_read_elsewhere_stays(method):
+    model, x = Lent(), torch.randn(256, 8)
+    narrow = compress(model, x[:1], method, ratio=0.75, sites="a", calibration=x, refit=2).model
+    assert torch.equal(narrow.enc.weight, model.enc.weight)
+    with torch.no_grad():
+        assert (narrow(x) - model(x)).square().mean() < 1e-4
+
+
+class Opaque(torch.autograd.Function):
+    """An operation of the user's that functorch can't take."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+class OpaqueLinear(nn.Linear):
+    def forward(self, x):
+        return Opaque.apply(F.linear(x, self.weight, self.bias))
+
+
+class Auxiliary(nn.Module):
+    """A branch that exists only in training."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.aux = nn.Linear(8, 16), nn.Linear(16, 4), nn.Linear(16, 4)
+
+    def forward(self, x):
+        h = F.relu(self.a(x))
+        return (self.b(h), self.aux(h)) if self.training else self.b(h)
+
+
+def test_what_only_trains_does_not_count_and_what_has_no_derivative_is_said():
+    x = torch.randn(64, 8)
+    assert not compress(Auxiliary().eval(), x[:1], "prune", calibration=x, refit=1).report.remarks
+    net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), OpaqueLinear(16, 4)).eval()
+    result = compress(net, x[:1], "prune", calibration=x, refit=1)
+    (remark,) = result.report.remarks
+    assert remark.startswith("0: not refit together: it can't be differentiated: ")
+    rough = compress(net, x[:1], "prune").model
+    assert all(torch.equal(*pair) for pair in zip(result.model.parameters(), rough.parameters(), strict=True))
+
+
+def test_a_rank_without_a_batch_adds_nothing():
+    class Second(Ranks):
+        rank, size = 1, 2
+
+        def __init__(self):
+            pass
+
+        def total(self, *tensors):
+            return list(tensors)
+
+    model, x = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)), torch.randn(40, 4)
+    result = compress(model, x[:1], "prune")
+    window = windows_of(model, result.model, result, trace(model, x[:1]).sites, x)["0"]
+    window.count, before = 1, [parameter.clone() for parameter in result.model.parameters()]
+    with torch.no_grad():
+        assert window.solve(1, Second()) == 0
+    assert all(torch.equal(*pair) for pair in zip(before, result.model.parameters(), strict=True))
 
 
 def test_a_published_checkpoint(published, fashion_mnist, tmp_path):

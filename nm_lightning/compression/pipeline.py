@@ -185,7 +185,7 @@ def compress(
         errors, refused = refit_sites(plain_copy(model)[0], narrow, shrunk, plan, batches, refit, ranks)
         for row in report.sites:
             row.error = errors.get(row.name, row.error)
-        report.remarks += [f"{name}: not refit: {reason}" for name, reason in refused.items()]
+        report.remarks += [f"{name}: not refit together: {reason}" for name, reason in refused.items()]
     if recalibrate_norm:
         recalibrate_norms(narrow, [images.to(example_input.dtype) for images in batches], ranks)
     if finetune:

@@ -7,6 +7,7 @@ what those before it lost; and behind a ReLU only what passes it counts. No labe
 """
 
 import copy
+import functools
 import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -92,10 +93,7 @@ def reconstruct(
     graph = Tracer().trace(original)
     names = {node.name: node for node in graph.nodes}
     calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
-    sharing = Counter(id(getattr(module, "weight", None)) for module in original.modules())
-    for name in calls:
-        if sharing[id(getattr(original.get_submodule(name), "weight", None))] > 1:
-            calls[name] = 2
+    calls.update(dict.fromkeys(used_again(graph, original), 2))
     columns, refused = {}, {}
     for site in sites:
         for consumer in site.consumers:
@@ -129,6 +127,17 @@ def reconstruct(
     for name in constants:
         delattr(wide, name)
     return errors, refused
+
+
+def used_again(graph: fx.Graph, model: nn.Module) -> set[str]:
+    """The layers that are called several times, or that have a parameter which something else reads, too."""
+    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
+    owners = Counter(id(own) for module in model.modules() for own in module._parameters.values() if own is not None)
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            owners[id(functools.reduce(getattr, node.target.split("."), model))] += 1
+    shared = {name for name in calls for own in model.get_submodule(name).parameters() if owners[id(own)] > 1}
+    return shared | {name for name, count in calls.items() if count > 1}
 
 
 def silence(wide: nn.Module, consumer: Consumer, stays: Tensor) -> None:

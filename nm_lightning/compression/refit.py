@@ -8,6 +8,7 @@ factor of K-FAC, Martens and Grosse, ICML 2015). It needs derivatives of a block
 no epochs. An approximation: few steps of conjugate gradients, site by site.
 """
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from nm_lightning.compression.fold import Plan
 from nm_lightning.compression.follow import CONVOLUTIONS, Tracer
 from nm_lightning.compression.prepare import evaluated
 from nm_lightning.compression.ranks import ALONE, Ranks
-from nm_lightning.compression.reconstruct import Task, factorise, find_join, read_patches, shapes_of
+from nm_lightning.compression.reconstruct import Task, factorise, find_join, read_patches, shapes_of, used_again
 from nm_lightning.compression.runs import MEMORY, Run, without_in_place
 from nm_lightning.compression.sites import Site
 
@@ -90,78 +91,83 @@ def refit(
     for graph, network in zip(graphs, (original, fitted), strict=True):
         without_in_place(graph, network)
     wanted, found = (Run(network, graph, batches) for network, graph in zip((original, fitted), graphs, strict=True))
-    windows, refused = find_windows(sites, plan, wanted, found)
+    windows, refused = find_windows(sites, plan, wanted, found, ranks.first(len(batches[0])))
     errors = {}
     for name, window in track(windows, "refitting", transient=True, disable=not get_console().is_terminal):
-        try:
-            errors[name] = window.solve(rounds, ranks)
-        except NotImplementedError as error:  # an operation without derivatives in forward mode
-            refused[name] = str(error).partition("\n")[0]
+        errors[name] = window.solve(rounds, ranks)
+    errors = {site.name: errors[site.name] for site in sites if site.name not in refused}
     for own, other in zip(narrow.parameters(), fitted.parameters(), strict=True):
         own.copy_(other)
     return errors, refused
 
 
 def find_windows(
-    sites: Sequence[Site], plan: Plan, wanted: Run, found: Run
+    sites: Sequence[Site], plan: Plan, wanted: Run, found: Run, length: int
 ) -> tuple[list[tuple[str, "Window"]], dict[str, str]]:
-    """The problems by name, in the order of execution: a site's layers, and each layer alone that reads what changes.
+    """The problems by name, in the order of execution: a site's layers, and each layer alone that reads what they make.
 
-    Also returned are the sites that are left alone, with the reason.
+    Also returned are the sites that are left alone, with the reason. `length` is that of a full batch.
     """
     network = found.module
     names = {node.name: node for node in found.nodes}
     originals = {node.name: node for node in wanted.nodes}
-    device = found.batches[0].device
-    shapes = shapes_of(Run(network, found.graph, [found.batches[0][:2]]))
+    small = Run(network, found.graph, [found.batches[0][:2]])
+    shapes = shapes_of(small)
     calls = Counter(node.target for node in found.nodes if node.op == "call_module")
-    sharing = Counter(id(parameter) for module in network.modules() for parameter in module._parameters.values())
-
-    def again(name: str) -> bool:
-        return calls[name] > 1 or any(sharing[id(own)] > 1 for own in network.get_submodule(name).parameters())
+    again = used_again(found.graph, network)
 
     def window(start: fx.Node, readers: Sequence[fx.Node], layers: Iterable[str]) -> Window:
         ends = {}
         for node in readers:
             join = find_join(Task(node, node.target, torch.tensor([])), network, set(), shapes, calls)
             rows = [stays for dim, _, stays in plan["slices"].get(f"{node.target}.weight", []) if dim == 0]
-            stays = torch.tensor(rows[0], device=device) if rows else None
+            stays = torch.tensor(rows[0], device=found.batches[0].device) if rows else None
             axis = 1 if isinstance(network.get_submodule(node.target), CONVOLUTIONS) else -1
             ends[join.end] = End(join.end, originals[join.end.name], axis, stays, join.limit)
         free = {name: network.get_submodule(name) for name in layers}
         result = Window(wanted, found, start, originals[start.name], list(ends.values()), free)
         values = sum(shapes[end][1:].numel() for end in ends)
-        result.images = max(FEWEST, ENOUGH * sum(own.numel() for own in result.free.values()) // values)
+        images = max(FEWEST, ENOUGH * sum(own.numel() for own in result.free.values()) // values)
+        result.count = -(-images // length)
         return result
 
     windows, refused = {}, {}
     for site in sites:
         layers = dict.fromkeys(member.name for member in (*site.producers, *site.passed, *site.consumers))
         layers = [name for name in layers if calls[name]]
-        repeated = next((name for name in layers if again(name)), None)
-        readers = [names.get(consumer.node) for consumer in site.consumers]
+        repeated = next((name for name in layers if name in again), None)
+        consumers = [own for own in site.consumers if own.node in names or calls[own.name]]  # others only train
+        readers = [names.get(consumer.node) for consumer in consumers]
         makers = [node for node in found.nodes if node.target in {member.name for member in site.producers}]
         if site.coupled:
             refused[site.name] = "its layers make a residual stream together"
-        elif not all(
-            node is not None and node.op == "call_module" and isinstance(network.get_submodule(node.target), SOLVABLE)
-            for node in readers
-        ):
+        elif not readers or not all(node is not None and solvable(node, network) for node in readers):
             refused[site.name] = "a layer that reads it is no Linear or convolution of its own"
-        elif repeated or not makers:
-            refused[site.name] = f"{repeated or site.name} or its weight is used several times"
+        elif not makers:
+            refused[site.name] = "no layer of its own makes it"
+        elif repeated:
+            refused[site.name] = f"{repeated} or its weight is used several times"
         else:
             windows[site.name] = window(makers[0], readers, layers)
+            obstacle = windows[site.name].obstacle(small.env)
+            if obstacle:
+                refused[site.name] = obstacle
+                del windows[site.name]
     fitted = {name for own in windows.values() for name in own.layers}
     changed = set()
     for node in found.nodes:
         if node.target in fitted or any(source in changed for source in node.all_input_nodes):
             changed.add(node)
-            layer = network.get_submodule(node.target) if node.op == "call_module" else None
-            alone = isinstance(layer, SOLVABLE) and getattr(layer, "groups", 1) == 1
-            if alone and node.target not in fitted and not again(node.target):
-                windows[node.target] = window(node, [node], [node.target])
+            if solvable(node, network) and node.target not in fitted | again:
+                alone = window(node, [node], [node.target])
+                if getattr(alone.layers[node.target], "groups", 1) == 1 and not alone.obstacle(small.env):
+                    windows[node.target] = alone
     return sorted(windows.items(), key=lambda item: found.position[item[1].start]), refused
+
+
+def solvable(node: fx.Node, network: nn.Module) -> bool:
+    """Whether a node is the call of a Linear or convolution."""
+    return node.op == "call_module" and isinstance(network.get_submodule(node.target), SOLVABLE)
 
 
 class Window:
@@ -177,7 +183,7 @@ class Window:
 
     Attributes:
         free: the parameters, by name.
-        images: how many to look at, over all ranks.
+        count: batches to look at, over all ranks.
     """
 
     def __init__(
@@ -197,8 +203,21 @@ class Window:
             for key, parameter in layer.named_parameters(recurse=False)
         }
         self.targets: dict[int, list[Tensor]] = {}
-        self.images = FEWEST
+        self.count = 1
         self.energies, self.ranks = [1.0] * len(ends), ALONE
+
+    def obstacle(self, env: Mapping[fx.Node, Any]) -> str:
+        """Why its values can't be differentiated, forward and backward; empty if they can. `env` is of a few images."""
+        env = {
+            node: value for node, value in env.items() if self.found.position[node] < self.found.position[self.start]
+        }
+        start = {name: parameter.detach() for name, parameter in self.free.items()}
+        try:
+            values, _ = torch.func.jvp(lambda free: self.values(env, free), (start,), (start,))
+            torch.func.vjp(lambda free: self.values(env, free), start)[1](values)
+        except (NotImplementedError, RuntimeError) as error:
+            return f"it can't be differentiated: {str(error).partition(chr(10))[0]}"
+        return ""
 
     def solve(self, rounds: int, ranks: Ranks = ALONE) -> float:
         """Rounds of Gauss-Newton, until one does not lessen the loss, in place; the loss at the end."""
@@ -319,12 +338,14 @@ class Window:
     def batches(self) -> Iterator[tuple[int, list[Tensor], dict[fx.Node, Any]]]:
         """Each batch's number over all ranks, the original's values at the ends, the narrow network's at the start."""
         used = 0
-        count = -(-self.images // len(self.found.batches[0]))  # batches of all ranks, dealt in turn
-        count = max(0, -(-(count - self.ranks.rank) // self.ranks.size))  # this rank may have none
-        states = zip(self.wanted.states(self.behind, count), self.found.states(self.start, count), strict=True)
+        count = max(0, -(-(self.count - self.ranks.rank) // self.ranks.size))  # dealt in turn; a rank may have none
+        known = len(self.targets) == min(count, len(self.found.batches))
+        behind = itertools.repeat(None) if known else self.wanted.states(self.behind, count)
+        states = zip(behind, self.found.states(self.start, count), strict=not known)
         for index, (_, env) in enumerate(states):
             targets = self.targets.get(index)
             if targets is None:
+                self.wanted.env = dict(self.wanted.env)  # what lies ahead is not kept
                 targets = [self.wanted.value(end.original) for end in self.ends]
                 targets = [
                     target if end.stays is None else target.index_select(end.axis, end.stays)
@@ -342,9 +363,10 @@ class Window:
             name: {key: parameters[f"{name}.{key}"] for key, _ in layer.named_parameters(recurse=False)}
             for name, layer in self.layers.items()
         }
-        values = tuple(self.found.value(end.node) for end in self.ends)
-        self.found.swapped = {}
-        return values
+        try:
+            return tuple(self.found.value(end.node) for end in self.ends)
+        finally:
+            self.found.swapped = {}
 
     def gaps(self, targets: Sequence[Tensor], values: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """At each end what is missing, and its weight: one over the end's energy, none where a rectifier cuts both."""
