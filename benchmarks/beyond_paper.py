@@ -156,7 +156,7 @@ def plot(rows: list[dict], path: Path) -> None:
 
     found = {name: cells for name, cells in gather(rows).items() if isinstance(CELLS[name][0], float)}
     figure, panels = plt.subplots(
-        1, len(found), figsize=(5 * len(found), 4), dpi=130, layout="constrained", squeeze=False
+        1, len(found), figsize=(5 * len(found), 4.6), dpi=130, layout="constrained", squeeze=False
     )
     for axes, (network, cells) in zip(panels[0], found.items(), strict=True):
         for number, label in enumerate(METHODS):
@@ -173,7 +173,7 @@ def plot(rows: list[dict], path: Path) -> None:
                 )
         axes.set(xlabel="share of neurons removed", ylabel="test accuracy (%)", title=network)
         axes.grid(alpha=0.3)
-    panels[0][0].legend(fontsize=8)
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=9)
     figure.savefig(path)
 
 
