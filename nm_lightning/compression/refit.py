@@ -9,6 +9,7 @@ no epochs. An approximation: few steps of conjugate gradients, site by site.
 """
 
 import itertools
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -213,7 +214,9 @@ class Window:
         }
         start = {name: parameter.detach() for name, parameter in self.free.items()}
         try:
-            values, _ = torch.func.jvp(lambda free: self.values(env, free), (start,), (start,))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # of torch about itself, at the first use
+                values, _ = torch.func.jvp(lambda free: self.values(env, free), (start,), (start,))
             torch.func.vjp(lambda free: self.values(env, free), start)[1](values)
         except (NotImplementedError, RuntimeError) as error:
             return f"it can't be differentiated: {str(error).partition(chr(10))[0]}"
