@@ -194,7 +194,7 @@ def main() -> None:
     for name in [] if args.table else args.networks:
         bench = None
         for seed in range(args.draws):
-            for cell in (cell for cell in CELLS[name] if str(cell) in (args.cells or map(str, CELLS[name]))):
+            for cell in [cell for cell in CELLS[name] if args.cells is None or str(cell) in args.cells]:
                 for label in args.methods:
                     kind = METHODS[label][1]
                     same = kind is None or (name == "efficientnet_lite0" and kind == "data")  # it has 500 photos

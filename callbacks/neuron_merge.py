@@ -3,6 +3,7 @@
 import copy
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -96,19 +97,6 @@ class NeuronMergeCallback(Callback):
         replace: bool = False,
         filename: str = "compressed.ckpt",
     ):
-        options = Options(
-            method,
-            criterion,
-            threshold,
-            lamda,
-            formulation,
-            ridge=ridge,
-            refit=refit,
-            recalibrate_norm=recalibrate_norm,
-        )
-        if isinstance(calibration, str):
-            options.check_images(calibration)
-        check_ratio(ratio)
         self.settings: dict[str, Any] = {
             "method": method,
             "criterion": criterion,
@@ -124,6 +112,11 @@ class NeuronMergeCallback(Callback):
             "recalibrate_norm": recalibrate_norm,
             "calibration_size": calibration_size,
         }
+        names = [setting.name for setting in fields(Options)]
+        options = Options(**{name: value for name, value in self.settings.items() if name in names})
+        if isinstance(calibration, str):
+            options.check_images(calibration)
+        check_ratio(ratio)
         self.calibration = calibration if options.looks else None
         check_size(calibration_size)
         self.replace, self.filename = replace, filename

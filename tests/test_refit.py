@@ -29,7 +29,7 @@ def windows_of(original, narrow, result, sites, x, size=32):
 
 def test_a_product_is_that_of_the_dense_jacobian():
     """`J^T W J d`, with W one over the end's energy and zero where the rectifier cuts both values."""
-    model, x = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2)).double(), None
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2)).double()
     x = torch.randn(40, 4, dtype=torch.float64)
     result = compress(model, x[:1], "prune", ratio=0.5)
     window = windows_of(model, result.model, result, trace(model, x[:1]).sites, x, 16)["0"]
@@ -175,7 +175,10 @@ def test_attention_heads(fused):
     )
     with torch.no_grad():
         lost = [float((result.model(x) - net(x)).square().mean()) for result in (rough, fine)]
-    assert lost[1] < 0.5 * lost[0] or fine.report.remarks
+    if fused:  # torch has no forward derivative of it
+        assert fine.report.remarks[0].startswith("1.q: not refit together: it can't be differentiated")
+    else:
+        assert lost[1] < 0.5 * lost[0] and not fine.report.remarks
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

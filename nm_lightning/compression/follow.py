@@ -21,11 +21,12 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+SOLVABLE = (nn.Linear, *CONVOLUTIONS)  # a weight times the input's patches
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 CHANNEL_NORMS = (*BATCH_NORMS, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 MIXING_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
-LAYERS = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED, *CHANNEL_NORMS, *MIXING_NORMS, nn.PReLU)
+LAYERS = (*SOLVABLE, *TRANSPOSED, *CHANNEL_NORMS, *MIXING_NORMS, nn.PReLU)
 
 # Operations by name, lower case without underscores: module classes, functions and methods spell them alike.
 # f(s x) = s f(x) for every s >= 0, entry by entry:

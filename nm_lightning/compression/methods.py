@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from nm_lightning.compression import decompose, reference, select
 from nm_lightning.compression.calibration import SYNTHETIC
 from nm_lightning.compression.fold import Fold, Plan, absorb, apply_plan, named_tensors, plan_sites
-from nm_lightning.compression.follow import CONVOLUTIONS
+from nm_lightning.compression.follow import CONVOLUTIONS, SOLVABLE
 from nm_lightning.compression.prepare import evaluated, own_tensors
 from nm_lightning.compression.ranks import ALONE, Ranks
 from nm_lightning.compression.reconstruct import reconstruct
@@ -195,7 +195,7 @@ def _by_channel(work: Work) -> tuple[nn.Module, Plan]:
     network = evaluated(work.model)
     for site, row, _ in work.shrinking:
         first = site.consumers[0]
-        readable = isinstance(layers.get(first.name), (nn.Linear, *CONVOLUTIONS))
+        readable = isinstance(layers.get(first.name), SOLVABLE)
         plain = readable and all(consumer.groups == 1 and consumer.even(site.width) for consumer in site.consumers)
         if not plain:
             row.note = f"pruned, not reconstructed: {first.name} reads it in groups, or is no layer of its own"

@@ -14,7 +14,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from nm_lightning.compression.distill import check_logits
-from nm_lightning.compression.follow import CONVOLUTIONS
+from nm_lightning.compression.follow import CONVOLUTIONS, SOLVABLE
 from nm_lightning.compression.ranks import ALONE, Ranks
 from nm_lightning.compression.reconstruct import factorise, read_patches
 from nm_lightning.compression.select import keep_of
@@ -205,4 +205,4 @@ def _problems(
 
 def _fits(site: Site, consumer: Consumer, layers: Mapping[str, nn.Module]) -> bool:
     layer = layers.get(consumer.name)
-    return isinstance(layer, (nn.Linear, *CONVOLUTIONS)) and consumer.groups == 1 and consumer.even(site.width)
+    return isinstance(layer, SOLVABLE) and consumer.groups == 1 and consumer.even(site.width)

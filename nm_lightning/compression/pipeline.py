@@ -89,8 +89,8 @@ def compress(
         implementation: `fast`, or `reference` for the paper's loops.
         rounding: `(neurons, ratio)` to the number of survivors.
         calibration: unlabelled images as the network reads them: a tensor `(N, ...)`, a DataLoader, or `synthetic`
-            for images that a program draws. Needed by `reconstruct`, `output`,
-            `refit`, `recalibrate_norm`, `finetune` and targets.
+            for images that a program draws. Needed by `reconstruct`, `output`, `refit`,
+            `recalibrate_norm`, `finetune` and targets.
         calibration_size: how many of them at most.
         ridge: of the least squares, as a share of the mean diagonal of a layer's Gram matrix.
         reconstruction: `layer` solves each layer behind for itself; `channel` is GRAIL's single map from the survivors

@@ -10,7 +10,7 @@ import copy
 import functools
 import itertools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,7 @@ from rich.progress import track
 from torch import Tensor, fx, nn
 
 from nm_lightning.compression.fold import apply_plan, named_tensors, plan_sites
-from nm_lightning.compression.follow import BATCH_NORMS, CONVOLUTIONS, MIXING_NORMS, Tracer, operation_name
+from nm_lightning.compression.follow import BATCH_NORMS, CONVOLUTIONS, MIXING_NORMS, SOLVABLE, Tracer, operation_name
 from nm_lightning.compression.prepare import plain_copy
 from nm_lightning.compression.ranks import ALONE, Ranks
 from nm_lightning.compression.runs import NarrowNorm, Run, without_in_place
@@ -92,8 +92,7 @@ def reconstruct(
     """
     graph = Tracer().trace(original)
     names = {node.name: node for node in graph.nodes}
-    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
-    calls.update(dict.fromkeys(used_again(graph, original), 2))
+    again = used_again(graph, original)
     columns, refused = {}, {}
     for site in sites:
         for consumer in site.consumers:
@@ -101,13 +100,13 @@ def reconstruct(
             silence(wide, consumer, stays)
             node = names.get(consumer.node)
             layer = original.get_submodule(node.target) if node is not None and node.op == "call_module" else None
-            if not isinstance(layer, (nn.Linear, *CONVOLUTIONS)) or node.target != consumer.name:
+            if not isinstance(layer, SOLVABLE) or node.target != consumer.name:
                 refused[consumer.name] = f"{consumer.name} is no Linear or convolution of its own"
-            elif calls[consumer.name] > 1:
+            elif consumer.name in again:
                 refused[consumer.name] = f"{consumer.name} or its weight is used several times"
             else:
                 columns[consumer.name] = columns.get(consumer.name, True) & stays
-    tasks = find_tasks(graph, original, columns, refused, calls)
+    tasks = find_tasks(graph, original, columns, refused, again)
     constants = [node.target for node in graph.nodes if node.op == "get_attr" and "." not in node.target]
     constants = [name for name in constants if not hasattr(wide, name)]  # fx hangs tensors of the forward's code there
     for name in constants:
@@ -120,7 +119,7 @@ def reconstruct(
     errors = {}
     for task in track(tasks, "reconstructing", transient=True, disable=not get_console().is_terminal):
         pending.discard(task.node)
-        join = find_join(task, original, pending, shapes, calls)
+        join = find_join(task.node, original, pending, shapes, again)
         errors[task.layer] = solve_layer(task, join, wide, wanted, found, ridge, rectify, ranks)
     for module in switched:
         module.inplace = True
@@ -180,7 +179,7 @@ def find_tasks(
     model: nn.Module,
     columns: Mapping[str, Tensor],
     refused: Mapping[str, str],
-    calls: Mapping[str, int],
+    again: Set[str],
 ) -> list[Task]:
     """The layers to solve, in the order of execution: those that lost columns, and all that read what they changed."""
     tasks, changed = [], set()
@@ -192,7 +191,7 @@ def find_tasks(
         narrowed = stays is not None and not bool(stays.all())
         if narrowed or (layer is not None and node.target in refused):
             changed.add(node)
-        if isinstance(layer, (nn.Linear, *CONVOLUTIONS)) and node in changed and calls[node.target] == 1:
+        if isinstance(layer, SOLVABLE) and node in changed and node.target not in again:
             groups = getattr(layer, "groups", 1)
             width = layer.weight.shape[1] * groups
             if narrowed or (groups == 1 and node.target not in refused):
@@ -202,29 +201,29 @@ def find_tasks(
 
 
 def find_join(
-    task: Task,
+    call: fx.Node,
     model: nn.Module,
     pending: set[fx.Node],
     shapes: Mapping[fx.Node, torch.Size],
-    calls: Mapping[str, int],
+    again: Set[str],
 ) -> Join:
-    """Follow a layer's output through norms and additions, as long as nothing else reads it."""
-    node, scale, norm = task.node, None, None
-    by_channel = isinstance(model.get_submodule(task.layer), CONVOLUTIONS) or len(shapes[node]) == 2
+    """Follow the output of a layer's call through norms and additions, as long as nothing else reads it."""
+    node, scale, norm = call, None, None
+    by_channel = isinstance(model.get_submodule(call.target), CONVOLUTIONS) or len(shapes[node]) == 2
     while len(node.users) == 1:
         (user,) = node.users
         module = model.get_submodule(user.target) if user.op == "call_module" else None
         operation = operation_name(user, module)
-        if shapes.get(user) != shapes[task.node]:
+        if shapes.get(user) != shapes[call]:
             break
         if isinstance(module, BATCH_NORMS) and module.running_var is not None and by_channel:
-            norm = user.target if node is task.node and calls[user.target] == 1 else norm
+            norm = user.target if node is call and user.target not in again else norm
             own = torch.rsqrt(module.running_var + module.eps)
             own = own if module.weight is None else own * module.weight
             scale = own if scale is None else scale * own
         elif operation in ("add", "iadd"):
             others = [source for source in user.all_input_nodes if source is not node]
-            if len(others) != 1 or len(user.args) != 2 or user.kwargs or not known(others[0], task.node, pending):
+            if len(others) != 1 or len(user.args) != 2 or user.kwargs or not known(others[0], call, pending):
                 break
         elif operation not in SAME:
             break
@@ -264,10 +263,7 @@ def solve_layer(
             target = wanted.value(join.end)
             found.env = dict(env)  # what lies behind the layer changes with it
             value = found.value(join.end)
-            gap = target - value
-            if step:
-                gap = torch.where(target <= 0, -value.clamp(min=0), gap)
-                gap = torch.where(target >= join.limit, (join.limit - value).clamp(min=0), gap)
+            gap = rectified_gap(target, value, join.limit) if step else target - value
             cross += correlate(layer, env[source], gap, task.stays).double()
             if step == 0:
                 patches = read_patches(layer, env[source], task.stays, groups)
@@ -292,6 +288,17 @@ def solve_layer(
         add_columns(layer.weight, task.stays.to(layer.weight.device), change[:, :-1], groups)
         add_constant(layer, wide.get_submodule(join.norm) if join.norm else None, change[:, -1])
     return share
+
+
+def rectified_gap(target: Tensor, value: Tensor, limit: float) -> Tensor:
+    """What a value lacks of the target behind a rectifier that cuts below zero and above `limit`."""
+    gap = torch.where(target <= 0, -value.clamp(min=0), target - value)
+    return torch.where(target >= limit, (limit - value).clamp(min=0), gap)
+
+
+def as_columns(weight: Tensor, groups: int) -> Tensor:
+    """A weight `(out, columns, ...)` in the order of `read_patches`: `(groups, taps * columns, out / groups)`."""
+    return weight.view(groups, len(weight) // groups, weight.shape[1], -1).permute(0, 3, 2, 1).flatten(1, 2)
 
 
 def read_patches(layer: nn.Module, images: Tensor, stays: Tensor, groups: int = 1) -> Tensor:
@@ -330,7 +337,7 @@ def correlate(layer: nn.Module, images: Tensor, gap: Tensor, stays: Tensor) -> T
         weight = narrow.detach().requires_grad_()
         probe._parameters = {**layer._parameters, "weight": weight, "bias": None}
         (found,) = torch.autograd.grad(probe.forward(images.detach()), weight, gap)
-    found = found.view(groups, len(weight) // groups, -1, found[0, 0].numel()).permute(0, 3, 2, 1).flatten(1, 2)
+    found = as_columns(found, groups)
     constant = gap.sum(dim=[other for other in range(gap.ndim) if other != dim])
     return torch.cat([found, constant.view(groups, 1, -1)], dim=1)
 

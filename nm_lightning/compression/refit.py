@@ -10,7 +10,6 @@ no epochs. An approximation: few steps of conjugate gradients, site by site.
 
 import itertools
 import warnings
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,10 +20,18 @@ from rich.progress import track
 from torch import Tensor, fx, nn
 
 from nm_lightning.compression.fold import Plan
-from nm_lightning.compression.follow import CONVOLUTIONS, Tracer
+from nm_lightning.compression.follow import CONVOLUTIONS, SOLVABLE, Tracer
 from nm_lightning.compression.prepare import evaluated
 from nm_lightning.compression.ranks import ALONE, Ranks
-from nm_lightning.compression.reconstruct import Task, factorise, find_join, read_patches, shapes_of, used_again
+from nm_lightning.compression.reconstruct import (
+    as_columns,
+    factorise,
+    find_join,
+    read_patches,
+    rectified_gap,
+    shapes_of,
+    used_again,
+)
 from nm_lightning.compression.runs import MEMORY, Run, without_in_place
 from nm_lightning.compression.sites import Site
 
@@ -35,7 +42,6 @@ ENOUGH = 128  # values at the ends for each free parameter; further images are n
 FEWEST = 256  # but so many always are
 WIDEST = 8192  # columns of a layer whose Gram matrix is worth its factors
 TINY = 1e-30
-SOLVABLE = (nn.Linear, *CONVOLUTIONS)
 
 Vector = dict[str, Tensor]  # by parameter, in float64
 
@@ -86,8 +92,8 @@ def refit(
     """
     original, fitted = evaluated(original), evaluated(narrow)
     graphs = [Tracer().trace(network) for network in (original, fitted)]
-    names = [{node.name: node for node in graph.nodes} for graph in graphs]
-    if names[0].keys() != names[1].keys():
+    names = [{node.name for node in graph.nodes} for graph in graphs]
+    if names[0] != names[1]:
         return {}, {site.name: "the narrow network's graph differs from the original's" for site in sites}
     for graph, network in zip(graphs, (original, fitted), strict=True):
         without_in_place(graph, network)
@@ -114,30 +120,28 @@ def find_windows(
     originals = {node.name: node for node in wanted.nodes}
     small = Run(network, found.graph, [found.batches[0][:2]])
     shapes = shapes_of(small)
-    calls = Counter(node.target for node in found.nodes if node.op == "call_module")
+    called = {node.target for node in found.nodes if node.op == "call_module"}
     again = used_again(found.graph, network)
 
     def window(start: fx.Node, readers: Sequence[fx.Node], layers: Iterable[str]) -> Window:
         ends = {}
         for node in readers:
-            join = find_join(Task(node, node.target, torch.tensor([])), network, set(), shapes, calls)
+            join = find_join(node, network, set(), shapes, again)
             rows = [stays for dim, _, stays in plan["slices"].get(f"{node.target}.weight", []) if dim == 0]
             stays = torch.tensor(rows[0], device=found.batches[0].device) if rows else None
             axis = 1 if isinstance(network.get_submodule(node.target), CONVOLUTIONS) else -1
             ends[join.end] = End(join.end, originals[join.end.name], axis, stays, join.limit)
         free = {name: network.get_submodule(name) for name in layers}
-        result = Window(wanted, found, start, originals[start.name], list(ends.values()), free)
-        values = sum(shapes[end][1:].numel() for end in ends)
-        images = max(FEWEST, ENOUGH * sum(own.numel() for own in result.free.values()) // values)
-        result.count = -(-images // length)
-        return result
+        parameters = sum(own.numel() for layer in free.values() for own in layer.parameters(recurse=False))
+        images = max(FEWEST, ENOUGH * parameters // sum(shapes[end][1:].numel() for end in ends))
+        return Window(wanted, found, start, originals[start.name], list(ends.values()), free, -(-images // length))
 
     windows, refused = {}, {}
     for site in sites:
         layers = dict.fromkeys(member.name for member in (*site.producers, *site.passed, *site.consumers))
-        layers = [name for name in layers if calls[name]]
+        layers = [name for name in layers if name in called]
         repeated = next((name for name in layers if name in again), None)
-        consumers = [own for own in site.consumers if own.node in names or calls[own.name]]  # others only train
+        consumers = [own for own in site.consumers if own.node in names or own.name in called]  # others only train
         readers = [names.get(consumer.node) for consumer in consumers]
         makers = [node for node in found.nodes if node.target in {member.name for member in site.producers}]
         if site.coupled:
@@ -181,10 +185,10 @@ class Window:
         behind: the same node of the original.
         ends: where outputs are compared.
         layers: whose parameters are free, by name.
+        count: batches to look at, over all ranks.
 
     Attributes:
         free: the parameters, by name.
-        count: batches to look at, over all ranks.
     """
 
     def __init__(
@@ -195,16 +199,16 @@ class Window:
         behind: fx.Node,
         ends: Sequence[End],
         layers: Mapping[str, nn.Module],
+        count: int,
     ):
         self.wanted, self.found = wanted, found
-        self.start, self.behind, self.ends, self.layers = start, behind, ends, layers
+        self.start, self.behind, self.ends, self.layers, self.count = start, behind, ends, layers, count
         self.free = {
             f"{name}.{key}": parameter
             for name, layer in layers.items()
             for key, parameter in layer.named_parameters(recurse=False)
         }
         self.targets: dict[int, list[Tensor]] = {}
-        self.count = 1
         self.energies, self.ranks = [1.0] * len(ends), ALONE
 
     def obstacle(self, env: Mapping[fx.Node, Any]) -> str:
@@ -329,7 +333,7 @@ class Window:
         for name, factor in factors.items():
             weight, bias = vector[f"{name}.weight"], vector.get(f"{name}.bias")
             groups, columns = len(factor), weight.shape[1]
-            right = weight.view(groups, len(weight) // groups, columns, -1).permute(0, 3, 2, 1).flatten(1, 2)
+            right = as_columns(weight, groups)
             right = right if bias is None else torch.cat([right, bias.view(groups, 1, -1)], dim=1)
             solved = torch.cholesky_solve(right, factor)  # (groups, taps * columns (+ 1), out / groups)
             if bias is not None:
@@ -377,8 +381,7 @@ class Window:
         for end, energy, target, value in zip(self.ends, self.energies, targets, values, strict=True):
             gap, counts = target - value, torch.ones_like(value)
             if end.limit is not None:
-                gap = torch.where(target <= 0, -value, gap)
-                gap = torch.where(target >= end.limit, end.limit - value, gap)
+                gap = rectified_gap(target, value, end.limit)
                 counts = 1 - ((target <= 0) & (value <= 0) | (target >= end.limit) & (value >= end.limit)).to(value)
             gaps.append(gap)
             weights.append(counts / energy)
