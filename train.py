@@ -4,14 +4,15 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from pytorch_lightning import LightningModule, Trainer
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint, ThroughputMonitor
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.utilities import rank_zero_only
 
 from nm_lightning.cli.errors import fail, one_line_errors
-from nm_lightning.compression.checkpoint import check_weights, read
+from nm_lightning.compression.files.checkpoint import check_weights, read
 from nm_lightning.data import build_data
 from nm_lightning.errors import InputError
 from nm_lightning.modules import ImageClassifier
@@ -50,6 +51,24 @@ class SaveConfig(SaveConfigCallback):
         self.parser.save(self.config, folder / "config.yaml", skip_none=False, overwrite=True, multifile=False)
 
 
+class RandomState(Callback):
+    """A checkpoint brings the random numbers' state: a run that is resumed goes on as if it had never stopped."""
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Of the CPU, and of this process's GPU where there is one."""
+        return {device: module.get_rng_state() for device, module in self._devices().items()}
+
+    def load_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:
+        """Go on from there."""
+        for device, module in self._devices().items():
+            if device in state_dict:
+                module.set_rng_state(state_dict[device])
+
+    @staticmethod
+    def _devices() -> dict[str, Any]:
+        return {"cpu": torch.random} | ({"cuda": torch.cuda} if torch.cuda.is_available() else {})
+
+
 class TrainCLI(LightningCLI):
     """Class count and image shape come from the data; checkpoints and logs go to `runs/<experiment>`."""
 
@@ -84,6 +103,7 @@ class TrainCLI(LightningCLI):
         if self.config["trainer"]["logger"] is None:
             kwargs["logger"] = CSVLogger(folder.parent, folder.name)
         trainer = super().instantiate_trainer(default_root_dir=folder, **kwargs)
+        trainer.callbacks.append(RandomState())
         if trainer.checkpoint_callbacks:  # `save_last` would only follow the best
             trainer.callbacks.append(ModelCheckpoint(folder, "last", enable_version_counter=False))
         if trainer.loggers:

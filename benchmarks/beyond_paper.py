@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from nm_lightning import compress
-from nm_lightning.cli.presets import preset
 from nm_lightning.cli.sources import open_source
 from nm_lightning.compression import cost
 from nm_lightning.data import build_data
-from nm_lightning.modules import evaluate
+from nm_lightning.measure import evaluate
+from nm_lightning.presets import preset
 
 DOCS = Path(__file__).parent.parent / "docs"
 FILES = {
@@ -95,24 +95,24 @@ class Bench:
         """Compress and measure."""
         settings, kind = METHODS[label]
         calibration = self.calibration(kind, seed)
-        size: dict[str, Any] = {"ratio": cell} if isinstance(cell, float) else {"widths": self.defaults.widths}
+        size: dict[str, Any] = {"ratio": cell} if isinstance(cell, float) else {"widths": self.defaults["widths"]}
         if cell == "half the published":
-            size = {"widths": [width // 2 for width in self.defaults.widths]}
+            size = {"widths": [width // 2 for width in self.defaults["widths"]]}
         lite = self.name == "efficientnet_lite0"
-        size |= {"sites": "*_expand_conv" if lite else self.defaults.sites, "rounding": self.defaults.rounding}
+        size = {**self.defaults, **({"sites": ["*_expand_conv"]} if lite else {}), **size}
+        if isinstance(cell, float):
+            size.pop("widths", None)
         if "equal" in label:
             of = "macs" if label.endswith("MACs") else "parameters"
             uniform = compress(self.model, self.images[:1], "prune", **size).model
             left, all_of_it = (getattr(cost(model, self.images[:1]), of) for model in (uniform, self.model))
-            size = {"sites": size["sites"], f"target_{of}": left / all_of_it}
+            size = {"sites": size.get("sites"), f"target_{of}": left / all_of_it}
         start = time.perf_counter()
         result = compress(
             self.model,
             self.images[:1],
             **settings,
             **size,
-            threshold=self.defaults.threshold,
-            lamda=self.defaults.lamda,
             calibration=calibration,
             seed=seed,
         )

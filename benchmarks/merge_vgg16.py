@@ -2,7 +2,7 @@
 
     python benchmarks/merge_vgg16.py
 
-Times the whole of `compress` (copy, trace, select, decompose, fold) in one process, and reads the peak memory of the
+Times the whole of `compress` (copy, trace, choose, decompose, narrow) in one process, and reads the peak memory of the
 tensor code from the kernel's high-water mark (Linux), which counts the original network too.
 """
 
@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from nm_lightning import compress
-from nm_lightning.cli.presets import VGG16_CIFAR10
 from nm_lightning.models import build_model
+from nm_lightning.presets import preset
 
 REPEATS = 5
 
@@ -45,9 +45,7 @@ def merge(model: nn.Module, implementation: str) -> tuple[float, nn.Module]:
     result = compress(
         model,
         torch.zeros(1, 3, 32, 32),
-        sites="feature.*",
-        widths=VGG16_CIFAR10,
-        threshold=0.1,
+        **preset("vgg16", "cifar10"),
         implementation=implementation,
     )
     return time.perf_counter() - start, result.model

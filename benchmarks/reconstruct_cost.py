@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from nm_lightning import compress, trace
 from nm_lightning.compression import cost
-from nm_lightning.compression import reconstruct as engine
+from nm_lightning.compression.methods import reconstruct as engine
 
 PARTS = {
     "forward passes": ("aten::mkldnn_convolution", "aten::native_batch_norm", "aten::addmm", "aten::clamp_min"),
@@ -75,8 +75,8 @@ def measure(name: str, cell: float | str, checkpoints: Path, data_dir: Path) -> 
     """A table in Markdown."""
     bench = Bench(name, checkpoints, data_dir)
     images = bench.calibration("data", 0)
-    size = {"ratio": cell} if isinstance(cell, float) else {"widths": bench.defaults.widths}
-    size |= {"sites": bench.defaults.sites, "rounding": bench.defaults.rounding}
+    size = {"ratio": cell} if isinstance(cell, float) else {}
+    size = bench.defaults | size
     tasks, solve = [], engine.solve_layer
 
     def noted(task, join, wide, *more):

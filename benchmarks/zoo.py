@@ -26,10 +26,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+sys.path.insert(0, str(Path(__file__).parent.parent))  # for the oracle that it shares with the tests
+
 from nm_lightning import compress, export, load, save, trace
 from nm_lightning.compression import cost
-from nm_lightning.compression.follow import MIXING_NORMS
-from nm_lightning.compression.trace import without_data
+from nm_lightning.compression.structure.copies import without_data
+from nm_lightning.compression.structure.operations import MIXING_NORMS
+from tests.oracles import masked
 
 SCOPES = ("hidden", "all")
 MINUTES, MEMORY = 20, 16 << 30  # for one part of one network
@@ -113,20 +116,6 @@ def timed(work: Callable[[], T]) -> tuple[float, T]:
 def close(first: Tensor, second: Tensor, tolerance: float) -> bool:
     """Whether two outputs agree, relative to the largest."""
     return bool((first - second).abs().max() <= tolerance * second.abs().max())
-
-
-def masked(model: nn.Module, result, sites) -> nn.Module:
-    """A copy of the wide network whose consumers read nothing from the neurons that `result` removed."""
-    wide = copy.deepcopy(model)
-    for site in sites:
-        for consumer in site.consumers:
-            gone = ~torch.isin(consumer.owner, result.keep[site.name]) & (consumer.owner >= 0)
-            name, dim = consumer.slots[0]
-            weight = wide.get_parameter(name).data.movedim(dim, 1)
-            per = len(gone) // consumer.groups
-            for group, part in enumerate(weight.chunk(consumer.groups)):
-                part[:, gone[group * per : (group + 1) * per]] = 0
-    return wide
 
 
 def torch_pruning(model: nn.Module, images: Tensor) -> dict:

@@ -1,5 +1,5 @@
-"""Lightning callbacks: compression at the end of training."""
+"""`NeuronMergeCallback`, under the name that configurations use; the code is `nm_lightning/callbacks.py`."""
 
-from callbacks.neuron_merge import NeuronMergeCallback
+from nm_lightning.callbacks import NeuronMergeCallback
 
 __all__ = ["NeuronMergeCallback"]

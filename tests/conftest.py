@@ -1,20 +1,19 @@
-"""Options, fixtures and small data sets that several test files share."""
+"""Options, fixtures and the few settings that all tests share."""
 
 import os
-import sys
 from pathlib import Path
 
-import numpy as np
+os.environ["OMP_NUM_THREADS"] = "1"  # a test process on each processor, as a rank has; before torch is imported
+os.environ.setdefault("WANDB_MODE", "disabled")  # tests of W&B switch it on
+
 import pytest
 import torch
-from PIL import Image
 
-ROOT = Path(__file__).parent.parent
-os.environ.setdefault("WANDB_MODE", "disabled")  # tests of W&B switch it on
-sys.path.insert(0, str(ROOT))  # train.py and compress.py are scripts beside the package
+from nm_lightning.data.readers import DEBIAN_FASHION_MNIST
+from tests import ROOT
+from tests.cli import GRID, run
 
-from nm_lightning.data.readers import DEBIAN_FASHION_MNIST  # noqa: E402
-from nm_lightning.models import build_model  # noqa: E402
+torch.set_num_threads(1)
 
 FILES = {
     "lenet_300_100": "LeNet_300_100.original.300_100.bias.pth.tar",
@@ -74,24 +73,27 @@ def no_network(monkeypatch):
     monkeypatch.setattr("urllib.request.urlopen", refuse)
 
 
-def write_images(folder, classes, each, size, seed=0, extension="png"):
-    """Class folders of random images."""
-    random = np.random.default_rng(seed)
-    for index in range(classes):
-        (folder / f"class{index:03d}").mkdir(parents=True)
-        for image in range(each):
-            pixels = random.integers(0, 256, (size, size, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / f"class{index:03d}" / f"{image}.{extension}")
+@pytest.fixture(scope="session")
+def training_run(tmp_path_factory):
+    """A working folder with a training run of LeNet-300-100 on scikit-learn's digits."""
+    import train
+
+    folder = tmp_path_factory.mktemp("trained")
+    config = str(ROOT / "configs" / "lenet_300_100_digits.yaml")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        train.main(["--config", config, "--trainer.max_epochs", "5", "--trainer.enable_progress_bar", "false"])
+    return folder
 
 
-def random_network(name, num_classes, shape, seed=0):
-    """A network with random weights and BatchNorm statistics that are not trivial, in eval mode."""
-    torch.manual_seed(seed)
-    model = build_model(name, num_classes, shape)
-    for module in model.modules():
-        if isinstance(module, (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d)):
-            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
-            torch.nn.init.normal_(module.bias, std=0.2)
-            module.running_mean.normal_(std=0.2)
-            module.running_var.uniform_(0.5, 1.5)
-    return model.eval()
+@pytest.fixture(scope="session")
+def trained(training_run):
+    """Its checkpoint."""
+    return training_run / "runs" / "lenet_300_100_digits" / "best.ckpt"
+
+
+@pytest.fixture(scope="session")
+def grid(trained, tmp_path_factory):
+    """A folder with the results of every method, two criteria and two ratios, and its report."""
+    folder = tmp_path_factory.mktemp("grid") / "out"
+    return folder, run(trained, folder, *GRID, "--latency")

@@ -1,24 +1,27 @@
 """The documents' code runs as it stands there, and their pictures and links exist."""
 
 import re
+from contextlib import ExitStack
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from nm_lightning.compression.settings import KINDS
+from tests import ROOT
+
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 
 
 @pytest.mark.parametrize("page", ["tutorial", "extending"])
 def test_code_blocks_run(page, in_tmp):
     """One block after the other, in one namespace."""
-    from nm_lightning.compression import methods, select
-
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / f"{page}.md").read_text(), re.MULTILINE | re.DOTALL)
     assert len(blocks) >= 2
     names = {"__name__": page}
-    with patch.dict(methods.METHODS), patch.dict(select.CRITERIA):  # what a page adds goes again
+    with ExitStack() as stack:
+        for kind in KINDS:
+            stack.enter_context(patch.dict(kind.known))  # what a page adds goes again
         for number, block in enumerate(blocks):
             exec(compile(block, f"{page}.md, block {number}", "exec"), names)
 

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, write_images
-from test_data import idx
 
 import train
 from nm_lightning.modules import ImageClassifier, evaluate
+from tests import ROOT
+from tests.datasets import idx, write_images
 
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
 QUICK = ["--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu"]

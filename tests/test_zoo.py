@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from benchmarks.zoo import build, close, examine, masked
+from benchmarks.zoo import build, close, examine
 from nm_lightning import compress, export, trace
 from nm_lightning.data import build_data
+from tests.oracles import masked
 
 FAMILIES = ("alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "googlenet", "inception_v3", "maxvit_t")
 FAMILIES += ("mnasnet0_5", "mobilenet_v2", "mobilenet_v3_small", "regnet_y_400mf", "resnet18", "resnext50_32x4d")

@@ -81,7 +81,7 @@ def workspace(entity: str, project: str = "nm-lightning"):
                     line("loss", "train/loss_epoch", "val/loss"),
                     line("top-1", "train/accuracy", "val/accuracy"),
                     line("top-5", "train/top5", "val/top5"),
-                    line("learning rate", "lr-SGD"),
+                    line("learning rate", "lr-SGD", "lr-SGD/pg1"),
                     line("images per second", "train/device/samples_per_sec"),
                 ],
             ),

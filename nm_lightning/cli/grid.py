@@ -5,62 +5,76 @@ import json
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning_fabric import Fabric
 from rich import get_console
 
 from nm_lightning.cli.launch import launch
-from nm_lightning.cli.presets import preset
 from nm_lightning.cli.sources import Source
-from nm_lightning.compression import CompressionResult, compress, cost, trace
-from nm_lightning.compression.checkpoint import sha256, write
-from nm_lightning.compression.export import FORMATS, check_format, export
-from nm_lightning.compression.fold import compose, prefixed
-from nm_lightning.compression.methods import Options
-from nm_lightning.compression.ranks import Ranks
-from nm_lightning.compression.report import similarity
-from nm_lightning.compression.select import budget, check_ratio, check_target, choose
+from nm_lightning.compression import CompressionResult, Compressor, Recipe
+from nm_lightning.compression.files.checkpoint import sha256, write
+from nm_lightning.compression.files.export import FORMATS, check_format, export
+from nm_lightning.compression.statistics.ranks import Ranks
+from nm_lightning.compression.structure.plan import compose, prefixed
 from nm_lightning.errors import InputError
-from nm_lightning.modules import evaluate
-from nm_lightning.modules.latency import latency
+from nm_lightning.measure import Measure, Result
+from nm_lightning.presets import filled
 from nm_lightning.reporting.files import write_files
-from nm_lightning.reporting.results import Baseline, Result, assemble, print_table
+from nm_lightning.reporting.results import assemble, print_table
 
 NOTES = 6  # lines of them on the terminal
+TARGETS = ("target_parameters", "target_macs")
 
 
 @dataclass
 class Grid:
-    """What to run, by the names of the flags; None leaves a setting to the preset of the network and its data."""
+    """What to run.
 
-    method: Sequence[str]
-    criterion: Sequence[str]
-    ratio: Sequence[float] | None
-    widths: Sequence[int] | Mapping[str, int] | None
-    target_parameters: float | None
-    target_macs: float | None
-    sites: Sequence[str] | None
-    scope: str
-    threshold: float | None
-    lamda: float | None
-    formulation: str
-    implementation: str
-    calibration: str
-    calibration_size: int
-    ridge: float
-    reconstruction: str
-    refit: int
-    recalibrate_norm: bool
-    finetune: int
-    latency: bool
-    export: Sequence[str]
-    seed: int
+    Attributes:
+        methods: by name.
+        criteria: by name.
+        ratios: shares of neurons to remove; None where something else says how many.
+        settings: of the recipes, but for those three, as far as they were given.
+        calibration: `data`, `synthetic`, or a folder of images.
+        latency: whether to measure it.
+        export: formats of further files.
+    """
+
+    methods: Sequence[str]
+    criteria: Sequence[str]
+    ratios: Sequence[float] | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    calibration: str = "data"
+    latency: bool = False
+    export: Sequence[str] = ()
+
+    def recipes(self, model: str, data: str) -> list[Recipe]:
+        """Every method with every criterion at every ratio; what was not given is the preset's or has its default.
+
+        Raises:
+            InputError: a setting that is not known, out of its range, or beside another that says the same.
+        """
+        settings, ratios = dict(self.settings), self.ratios
+        target = next((name for name in TARGETS if name in settings), None)
+        if target and (ratios is not None or "widths" in settings):
+            raise InputError(f"give --{target} or --ratio or --widths, not both")
+        settings = filled(settings | ({"ratio": None} if ratios is not None else {}), model, data)
+        settings.pop("ratio", None)
+        widths = settings.get("widths")
+        if target or (widths is not None and not isinstance(widths, Mapping)):
+            ratios = [{}]
+        else:  # sites that widths do not name keep their neurons
+            ratios = [{"ratio": ratio} for ratio in ratios or [0.5 if widths is None else 0.0]]
+        return [
+            Recipe.of(method, criterion, **{**settings, **ratio})
+            for method, criterion, ratio in itertools.product(self.methods, self.criteria, ratios)
+        ]
 
 
 def run_grid(source: Source, grid: Grid, output: Path, fabric: Fabric, command: str = "") -> dict:
@@ -82,119 +96,54 @@ def run_grid(source: Source, grid: Grid, output: Path, fabric: Fabric, command: 
     console, device = get_console(), fabric.device
     module, data = source.module, source.data
     name, data_name = module.hparams.name, data.hparams.name
-    defaults = preset(name, data_name)
-    patterns = grid.sites if grid.sites is not None else defaults.sites
-    threshold = grid.threshold if grid.threshold is not None else defaults.threshold
-    lamda = grid.lamda if grid.lamda is not None else defaults.lamda
-    widths = grid.widths
-    targets = {"parameters": grid.target_parameters, "macs": grid.target_macs}
-    targets = {name: share for name, share in targets.items() if share is not None}
-    if targets and (grid.ratio is not None or widths is not None):
-        raise InputError(f"give --target_{next(iter(targets))} or --ratio or --widths, not both")
-    if widths is None and grid.ratio is None and grid.sites is None and not targets:
-        widths = defaults.widths
-    fixed = widths is not None and not isinstance(widths, Mapping)
-    ratios = [None] if fixed or targets else grid.ratio or ([None] if widths else [0.5])
-
+    recipes = grid.recipes(name, data_name)
     network = module.model.to(device).eval()
     example = module.example_input.to(device)
-    sites = choose(trace(network, example, grid.scope).sites, patterns)
+    compressor = Compressor(network, example, recipes[0])
     for name_of_format in grid.export:
         check_format(name_of_format)
-    shared = {"threshold": threshold, "lamda": lamda}
-    for setting in fields(Options):
-        if setting.name not in ("method", "criterion", *shared):
-            shared[setting.name] = getattr(grid, setting.name)
-    cells = [Options(method, criterion, **shared) for method in grid.method for criterion in grid.criterion]
-    for options in cells:
-        options.check_images(grid.calibration)
-    for name_of_target, share in targets.items():
-        check_target(name_of_target, share)
-    for ratio in ratios:
-        check_ratio(ratio or 0)
-        budget(sites, ratio or 0, widths, defaults.rounding)
+    for recipe in recipes:
+        recipe.check_images(grid.calibration)
+        if not recipe.budget.looks:
+            recipe.budget.counts(compressor.subject)
 
     launch(fabric)
     ranks = Ranks(fabric.strategy)
     console.quiet |= ranks.rank > 0
     calibration, images = None, 0
-    if targets or any(options.looks for options in cells):
-        calibration = data.calibration_images(grid.calibration, grid.calibration_size, grid.seed, ranks)
+    if any(recipe.looks for recipe in recipes):
+        size, seed = recipes[0].calibration_size, recipes[0].seed
+        calibration = data.calibration_images(grid.calibration, size, seed, ranks)
         images = int(ranks.total(torch.tensor(len(calibration), device=device))[0])
+    compressor.look_at(calibration, fabric.strategy)
 
     with _appearing(output) if ranks.rank == 0 else nullcontext() as folder:
         console.print(f"{name} on {data_name}, from {source.origin}", soft_wrap=True)
-        listed = ", ".join(site.name for site in sites[:6]) + (f", ... ({len(sites)})" if len(sites) > 6 else "")
-        console.print(f"sites {listed}; threshold {threshold:g}, lamda {lamda:g}, {grid.formulation}", soft_wrap=True)
+        for line in _settings(compressor, recipes):
+            console.print(line, soft_wrap=True)
         if source.origin == "random weights":
             console.print("note: random weights: give --checkpoint PATH or --weights DEFAULT", soft_wrap=True)
         if calibration is not None:
             console.print(f"calibration: {images} images, {grid.calibration}, no labels", soft_wrap=True)
         if ranks.size > 1:
             console.print(f"{ranks.size} ranks, {type(fabric.strategy).__name__}", soft_wrap=True)
-        before = cost(network, example)
-        loader = data.test_dataloader()
-        accuracy = evaluate(network, loader, data, device, "original", ranks)
-        baseline = Baseline(accuracy, before.parameters, before.macs, latency(network, example) if grid.latency else [])
+        measure = Measure(example, data.test_dataloader(), data, ranks, grid.latency)
+        baseline = measure.original(network)
         results: list[Result] = []
-        for method, criterion, ratio in itertools.product(grid.method, grid.criterion, ratios):
-            start = time.perf_counter()
-            compressed = compress(
-                network,
-                example,
-                method,
-                criterion,
-                ratio or 0.0,
-                widths=widths,
-                sites=patterns,
-                scope=grid.scope,
-                rounding=defaults.rounding,
-                calibration=calibration,
-                calibration_size=grid.calibration_size,
-                target_parameters=grid.target_parameters,
-                target_macs=grid.target_macs,
-                strategy=fabric.strategy,
-                **shared,
-            )
-            seconds = time.perf_counter() - start
-            label = "widths" if ratio is None else f"{ratio:g}"
-            label = next((f"{name}{share:g}" for name, share in targets.items()), label)
-            file = f"{method}_{criterion}_{label}.ckpt"
-            accuracy = evaluate(compressed.model, loader, data, device, f"{method} {criterion} {label}", ranks)
-            after = cost(compressed.model, example)
-            total = sum(site.before for site in compressed.report.sites)
-            results.append(
-                Result(
-                    method,
-                    criterion,
-                    ratio,
-                    accuracy,
-                    after.parameters,
-                    after.macs,
-                    round(seconds, 3),
-                    compressed.report.widths,
-                    compressed.report.notes,
-                    file,
-                    1 - sum(compressed.report.widths.values()) / total if total else 0.0,
-                    compressed.report.sites,
-                    similarity(network, sites, compressed.keep),
-                    latency(compressed.model, example) if grid.latency else [],
-                )
-            )
+        for recipe in recipes:
+            file = f"{recipe.method.label}_{recipe.criterion.label}_{recipe.budget.says}.ckpt"
+            compressed, result = measure.compressed(compressor, recipe, file)
+            results.append(result)
             if folder is None:
                 continue
             _save_checkpoint(folder / file, source, compressed)
             for ending in grid.export:
                 export(compressed.model, example, (folder / file).with_name(file.removesuffix("ckpt") + ending))
-        skipped = compressed.report.skipped
         about = {"title": f"{name} on {data_name}", "model": name, "data": data_name, "origin": source.origin}
-        about |= {"threshold": threshold, "lamda": lamda, "formulation": grid.formulation}
         if calibration is not None:
-            about |= {"calibration": grid.calibration, "calibration_size": images, "ridge": grid.ridge}
-            about |= {f"target_{name}": share for name, share in targets.items()}
-            about |= {name: getattr(grid, name) for name in ("refit", "recalibrate_norm", "finetune", "seed")}
-        about |= {"implementation": grid.implementation, "left_alone": skipped}
+            about |= {"calibration": grid.calibration, "calibration_size": images}
         about |= {
+            "left_alone": compressor.skipped,
             "command": command,
             "device": str(device),
             "ranks": ranks.size,
@@ -214,12 +163,23 @@ def run_grid(source: Source, grid: Grid, output: Path, fabric: Fabric, command: 
     return report
 
 
+def _settings(compressor: Compressor, recipes: Sequence[Recipe]) -> Iterator[str]:
+    """The sites, and each method's settings, a line each."""
+    sites = [site.name for site in compressor.subject.sites]
+    yield f"sites {', '.join(sites[:6])}" + (f", ... ({len(sites)})" if len(sites) > 6 else "")
+    for method in dict.fromkeys(recipe.method for recipe in recipes):
+        own = {name: value for name, value in method.to_dict().items() if name != "name"}
+        if own:
+            yield f"{method.label}: {', '.join(f'{name} {value}' for name, value in own.items())}"
+
+
 def _save_checkpoint(path: Path, source: Source, compressed: CompressionResult) -> None:
     """A Lightning checkpoint of the narrow module: `ImageClassifier.load_from_checkpoint` needs nothing else."""
     write(
         path,
         {f"model.{key}": value.cpu() for key, value in compressed.model.state_dict().items()},
         compose(source.module.compression_plan, prefixed(compressed.plan, "model")),
+        compressed.recipe,
         hyper_parameters=dict(source.module.hparams),
         datamodule_hyper_parameters=dict(source.data.hparams),
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from nm_lightning.compression.checkpoint import load_weights, read
+from nm_lightning.compression.files.checkpoint import load_weights, read
 from nm_lightning.data import ImageData, build_data
 from nm_lightning.errors import InputError
 from nm_lightning.modules import ImageClassifier

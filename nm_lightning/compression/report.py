@@ -1,18 +1,6 @@
-"""What a compression did: one row for each site, the layers left alone, and a network's size and cost."""
+"""What a compression did: one row for each site, and the layers left alone."""
 
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-
-import torch
-from torch import Tensor, nn
-from torch.func import functional_call
-from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
-
-from nm_lightning.compression.decompose import neuron_vectors
-from nm_lightning.compression.fold import named_tensors
-from nm_lightning.compression.prepare import modes_kept
-from nm_lightning.compression.sites import Site
 
 
 @dataclass
@@ -73,50 +61,3 @@ class Report:
             note = f" ({site.note})" if site.note else ""
             rows.append(f"{site.name:32} {site.before:7} {site.after:7} {site.merged:7}  {site.method}{note}")
         return "\n".join(rows + [f"{name:32} left alone: {reason}" for name, reason in self.skipped.items()])
-
-
-@torch.no_grad()
-def similarity(model: nn.Module, sites: Sequence[Site], keep: Mapping[str, Tensor], bins: int = 20) -> list[int]:
-    """How like the survivors the removed neurons were: their largest cosine with one, counted in bins from -1 to 1.
-
-    Args:
-        model: the original network.
-        sites: as `trace` finds them.
-        keep: by site, the survivors; other sites are left out.
-        bins: equally wide.
-    """
-    tensors, counts = named_tensors(model), torch.zeros(bins)
-    for site in sites:
-        if site.name in keep and site.producers[0].even(site.width) and len(keep[site.name]) < site.width:
-            vectors = F.normalize(neuron_vectors(site.producers[0], tensors, with_bias=False).float(), dim=1)
-            gone = torch.ones(site.width, dtype=torch.bool)
-            gone[keep[site.name]] = False
-            nearest = [(part @ vectors[keep[site.name]].T).amax(dim=1) for part in vectors[gone].split(1024)]
-            counts += torch.cat(nearest).clamp(-1, 1).cpu().histc(bins, -1, 1)
-    return counts.int().tolist()
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Size and work of a network.
-
-    Attributes:
-        parameters: number of learned values.
-        macs: multiply-accumulates for one image, by torch's flop counter.
-    """
-
-    parameters: int
-    macs: int
-
-
-def cost(model: nn.Module, example_input: Tensor) -> Cost:
-    """Count a network's parameters, and its multiply-accumulates on the first image of `example_input`.
-
-    >>> cost(nn.Linear(4, 2), torch.zeros(1, 4))
-    Cost(parameters=10, macs=8)
-    """
-    constants = {name: tensor.detach() for name, tensor in model.named_parameters()}
-    with modes_kept(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model.eval()
-        functional_call(model, constants, (example_input[:1],))  # the counter trips over a parameter that is an input
-    return Cost(sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2)

@@ -11,14 +11,12 @@
 
 from collections.abc import Sequence
 
-from nm_lightning.data.base import ImageData
+from nm_lightning.data.base import DATA_SETS, ImageData
 from nm_lightning.data.folders import ImageFolders
-from nm_lightning.data.small import SMALL, SmallImages
+from nm_lightning.data.small import CROPS, Small, SmallImages, register
 from nm_lightning.errors import InputError
 
-NAMES = (*SMALL, "imagenet", "folder")
-
-__all__ = ["NAMES", "ImageData", "ImageFolders", "SmallImages", "build_data"]
+__all__ = ["DATA_SETS", "ImageData", "ImageFolders", "Small", "SmallImages", "build_data", "register"]
 
 
 def build_data(
@@ -32,11 +30,13 @@ def build_data(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     transforms_of: str | None = None,
+    crop: str = "zeros",
+    cutout: int = 0,
 ) -> ImageData:
     """Build a data module by its registered name.
 
     Args:
-        name: one of `NAMES`.
+        name: one of `DATA_SETS`.
         data_dir: folder with the images.
         batch_size: images in a batch, on each device.
         num_workers: processes that decode photos; None for one a core, 8 at most. Small images need none.
@@ -46,6 +46,8 @@ def build_data(
         mean: of each channel, to normalise with, in pixels from 0 to 1; None for the data set's own.
         std: likewise.
         transforms_of: pretrained weights whose own transforms apply, such as `torchvision/resnet50:DEFAULT`.
+        crop: what enters CIFAR's training images as they are shifted: `zeros` or `reflect`.
+        cutout: pixels of the square that is cut out of each training image; 0 for none.
 
     Raises:
         InputError: unknown name, settings out of range, or photos that are not there.
@@ -54,13 +56,15 @@ def build_data(
     >>> data.num_classes, data.input_shape
     (10, (1, 8, 8))
     """
-    if name not in NAMES:
-        raise InputError(f"unknown data {name!r}: choose from {', '.join(NAMES)}")
+    if name not in DATA_SETS:
+        raise InputError(f"unknown data {name!r}: choose from {', '.join(DATA_SETS)}")
     for label, value, valid in (
         ("batch_size", batch_size, batch_size >= 1),
         ("num_workers", num_workers, num_workers is None or num_workers >= 0),
         ("val_fraction", val_fraction, 0 < val_fraction < 1),
         ("image_size", image_size, image_size >= 1),
+        ("crop", crop, crop in CROPS),
+        ("cutout", cutout, cutout >= 0),
         ("std", std, std is None or all(value > 0 for value in std)),
     ):
         if not valid:
@@ -76,5 +80,7 @@ def build_data(
         "mean": None if mean is None else list(mean),
         "std": None if std is None else list(std),
         "transforms_of": transforms_of,
+        "crop": crop,
+        "cutout": cutout,
     }
-    return SmallImages(settings) if name in SMALL else ImageFolders(settings)
+    return DATA_SETS[name](settings)

@@ -10,10 +10,13 @@ from pytorch_lightning.overrides.distributed import UnrepeatedDistributedSampler
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from nm_lightning.compression.calibration import SYNTHETIC, batch_length, check_size, dead_leaves, share
-from nm_lightning.compression.ranks import ALONE, Ranks
+from nm_lightning.compression.statistics.calibration import SYNTHETIC, batch_length, check_size, share
+from nm_lightning.compression.statistics.ranks import ALONE, Ranks
+from nm_lightning.compression.statistics.synthetic import dead_leaves
 from nm_lightning.data.unlabelled import draw, sample_folder
 from nm_lightning.errors import InputError
+
+DATA_SETS: dict[str, type["ImageData"]] = {}  # by name, the module that holds it
 
 
 class ImageData(LightningDataModule):
@@ -55,6 +58,11 @@ class ImageData(LightningDataModule):
             if len(values) not in (1, channels):
                 raise InputError(f"{label} {values}: give one number for each of the {channels} channels")
 
+    @property
+    def training(self) -> bool:
+        """Whether the batches are those of the training set in a `fit`."""
+        return self.trainer is not None and self.trainer.training
+
     def train_dataloader(self) -> DataLoader:
         """Shuffled, an incomplete last batch left out."""
         size = min(self.hparams.batch_size, len(self.splits["train"]))
@@ -87,9 +95,11 @@ class ImageData(LightningDataModule):
         )
 
     def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
-        """Normalise on the device; the images' dtype becomes the network's."""
+        """Normalise on the device, cut squares out of training images; their dtype becomes the network's."""
         images, labels = batch
         images = self.normalise(images)
+        if self.training and self.hparams.cutout:
+            images = cutout(images, self.hparams.cutout)
         module = getattr(self.trainer, "lightning_module", None)
         return images if module is None else images.to(module.dtype), labels
 
@@ -126,6 +136,21 @@ class ImageData(LightningDataModule):
             for values in (self.mean, self.std)
         )
         return images.float().div_(255).sub_(mean).div_(std)
+
+
+def cutout(images: Tensor, size: int) -> Tensor:
+    """Each image `(N, C, H, W)` without a square of `size` pixels around any of its own, what is over the edge aside.
+
+    DeVries and Taylor, "Improved regularization of convolutional neural networks with cutout", 2017. Zero is the mean.
+    """
+    count, _, *shape = images.shape
+    inside = []
+    for length in shape:
+        first = torch.randint(length, (count, 1), device=images.device) - size // 2
+        place = torch.arange(length, device=images.device)
+        inside.append((first <= place) & (place < first + size))
+    rows, columns = inside
+    return images.masked_fill(rows[:, None, :, None] & columns[:, None, None, :], 0)
 
 
 def seeded_split(size: int, share: float, seed: int) -> tuple[list[int], list[int]]:

@@ -12,7 +12,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import v2 as T
 
-from nm_lightning.data.base import ImageData, seeded_split
+from nm_lightning.data.base import DATA_SETS, ImageData, seeded_split
 from nm_lightning.data.unlabelled import open_image, sample_folder
 from nm_lightning.errors import InputError
 from nm_lightning.models.torchvision_zoo import transforms
@@ -137,3 +137,6 @@ def _subfolders(folder: Path) -> list[str]:
     if not folder.is_dir():
         return []
     return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+
+
+DATA_SETS |= {"imagenet": ImageFolders, "folder": ImageFolders}

@@ -9,13 +9,12 @@ import numpy as np
 import torch
 import torchvision.datasets as sets
 from PIL import Image
-from rich import get_console
-from rich.progress import track
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from nm_lightning.errors import InputError
+from nm_lightning.progress import progress
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 TORCHVISION = {"fashion_mnist": sets.FashionMNIST, "cifar10": sets.CIFAR10, "cifar100": sets.CIFAR100}
@@ -120,8 +119,7 @@ def _class_folders(folder: Path, classes: int) -> tuple[Tensor, Tensor]:
             pass
 
     images = np.empty((len(tree), 32, 32, 3), dtype=np.uint8)
-    bar = {"transient": True, "disable": not get_console().is_terminal}
-    for index, (path, _) in enumerate(track(tree.samples, f"reading {folder}", **bar)):
+    for index, (path, _) in enumerate(progress(tree.samples, f"reading {folder}")):
         try:
             with Image.open(path) as image:
                 images[index] = np.asarray(image.convert("RGB"))

@@ -11,9 +11,10 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2 as T
 
 from nm_lightning.data import readers
-from nm_lightning.data.base import ImageData, seeded_split
+from nm_lightning.data.base import DATA_SETS, ImageData, seeded_split
 from nm_lightning.models.torchvision_zoo import transforms
 
+CROPS = {"zeros": "constant", "reflect": "reflect"}  # what enters a shifted image: black, or the image mirrored
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
 
@@ -38,12 +39,12 @@ class Small:
     augment: bool = False
 
 
-SMALL = {
-    "digits": Small(readers.digits, 10, (1, 8, 8)),
-    "fashion_mnist": Small(readers.fashion_mnist, 10, (1, 28, 28)),
-    "cifar10": Small(readers.cifar, 10, (3, 32, 32), CIFAR_MEAN, CIFAR_STD, augment=True),
-    "cifar100": Small(readers.cifar, 100, (3, 32, 32), CIFAR_MEAN, CIFAR_STD, augment=True),
-}
+SMALL: dict[str, Small] = {}
+
+
+def register(name: str, small: Small) -> None:
+    """Make a data set known by its name."""
+    SMALL[name], DATA_SETS[name] = small, SmallImages
 
 
 class TensorImages(Dataset):
@@ -113,8 +114,8 @@ class SmallImages(ImageData):
     def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
         """Augment training batches, then normalise, both on the device."""
         images, labels = batch
-        if self.source.augment and self.trainer is not None and self.trainer.training:
-            images = crop_and_flip(images)
+        if self.source.augment and self.training:
+            images = crop_and_flip(images, crop=self.hparams.crop)
         return super().on_after_batch_transfer((images, labels), dataloader_idx)
 
     def normalise(self, images: Tensor) -> Tensor:
@@ -122,11 +123,17 @@ class SmallImages(ImageData):
         return super().normalise(images) if self.pretrained is None else self.pretrained(images)
 
 
-def crop_and_flip(images: Tensor, padding: int = 4) -> Tensor:
-    """Each image shifted by up to `padding` pixels, what enters being black, and every second one mirrored.
+register("digits", Small(readers.digits, 10, (1, 8, 8)))
+register("fashion_mnist", Small(readers.fashion_mnist, 10, (1, 28, 28)))
+register("cifar10", Small(readers.cifar, 10, (3, 32, 32), CIFAR_MEAN, CIFAR_STD, augment=True))
+register("cifar100", Small(readers.cifar, 100, (3, 32, 32), CIFAR_MEAN, CIFAR_STD, augment=True))
 
-    The batched form of torchvision's `RandomCrop(size, padding)` and `RandomHorizontalFlip`: `(N, C, H, W)` to the
-    same.
+
+def crop_and_flip(images: Tensor, padding: int = 4, crop: str = "zeros") -> Tensor:
+    """Each image shifted by up to `padding` pixels, and every second one mirrored.
+
+    The batched form of torchvision's `RandomCrop(size, padding)` and `RandomHorizontalFlip`: uint8 `(N, C, H, W)` to
+    the same. What enters is one of `CROPS`.
     """
     count, channels, height, width = images.shape
     device = images.device
@@ -136,4 +143,5 @@ def crop_and_flip(images: Tensor, padding: int = 4) -> Tensor:
     columns = torch.where(torch.rand(count, 1, device=device) < 0.5, columns.flip(1), columns)
     image = torch.arange(count, device=device)[:, None, None, None]
     channel = torch.arange(channels, device=device)[:, None, None]
-    return F.pad(images, [padding] * 4)[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
+    padded = F.pad(images.float(), [padding] * 4, CROPS[crop]).to(images.dtype)  # CUDA reflects no uint8
+    return padded[image, channel, rows[:, None, :, None], columns[:, None, None, :]]

@@ -6,12 +6,11 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from rich import get_console
-from rich.progress import track
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from nm_lightning.errors import InputError
+from nm_lightning.progress import progress
 
 
 def open_image(path: str) -> Image.Image:
@@ -58,6 +57,5 @@ def sample_folder(folder: Path, pick: Callable[[int], Tensor], transform: Callab
     )
     if not files:
         raise InputError(f"calibration folder {str(folder)!r} has no images")
-    quiet = not get_console().is_terminal
-    shown = track(pick(len(files)).tolist(), "calibration images", transient=True, disable=quiet)
-    return torch.stack([transform(open_image(files[index])) for index in shown])
+    picked = progress(pick(len(files)).tolist(), "calibration images")
+    return torch.stack([transform(open_image(files[index])) for index in picked])

@@ -4,9 +4,12 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from nm_lightning.models.registry import register
+
 WIDTHS = (64, 192, 384, 256, 256, 4096, 4096)
 
 
+@register("alexnet", hidden=lambda: len(WIDTHS))
 class AlexNet(nn.Module):
     """torchvision's AlexNet and its parameter names; images under 64 pixels get a 3x3 first convolution of stride 2.
 

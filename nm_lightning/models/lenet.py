@@ -4,7 +4,10 @@ from math import prod
 
 from torch import Tensor, nn
 
+from nm_lightning.models.registry import register
 
+
+@register("lenet_300_100", hidden=lambda: 2)
 class LeNet(nn.Module):
     """Two hidden Linear layers, ReLU between, on the flattened image.
 

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nm_lightning.models.registry import register
+
 STAGE_WIDTHS = (16, 32, 64)
 
 
@@ -42,6 +44,9 @@ class Block(nn.Module):
         return self.bn2(self.conv2(hidden)) + shortcut
 
 
+@register(
+    r"resnet(\d+)", "resnet{6n+2} (resnet56)", lambda depth: (depth - 2) // 2 if depth >= 8 and depth % 6 == 2 else None
+)
 class ResNet(nn.Module):
     """Three stages of `(depth - 2) / 6` blocks.
 

@@ -6,8 +6,10 @@ import torchvision
 from torch import nn
 
 from nm_lightning.errors import InputError
+from nm_lightning.models.registry import register
 
 
+@register("torchvision/(.*)", "torchvision/<name>", pretrained=True)
 def build(name: str, num_classes: int, input_shape: tuple[int, int, int], weights: str | None = None) -> nn.Module:
     """Build `torchvision.models.<name>`; a pretrained head of another class count is replaced by a fresh one.
 

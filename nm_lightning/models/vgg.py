@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from nm_lightning.errors import InputError
+from nm_lightning.models.registry import register
 
 # convolutions in each of the five stages, all of one width
 STAGES = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
@@ -15,6 +16,7 @@ STAGE_WIDTHS = (64, 128, 256, 512, 512)
 HIDDEN = 512
 
 
+@register(r"vgg(\d+)", "vgg11, vgg13, vgg16, vgg19", lambda depth: sum(STAGES[depth]) + 1 if depth in STAGES else None)
 class VGG(nn.Module):
     """Conv-BatchNorm-ReLU triples with a pool after each stage (the last one averages), then two Linear layers.
 

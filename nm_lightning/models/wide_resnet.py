@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nm_lightning.models.registry import register
+
 STAGE_WIDTHS = (16, 32, 64)
 
 
@@ -47,6 +49,11 @@ class Group(nn.Module):
         return self.layer(features)
 
 
+@register(
+    r"wide_resnet_(\d+)_(\d+)",
+    "wide_resnet_{6n+4}_{k} (wide_resnet_40_4)",
+    lambda depth, widen: (depth - 4) // 2 if depth >= 10 and depth % 6 == 4 and widen >= 1 else None,
+)
 class WideResNet(nn.Module):
     """Three stages of `(depth - 4) / 6` blocks, `widen` times as wide as ResNet's.
 

@@ -1,23 +1,29 @@
 """The LightningModule that trains every architecture of the registry."""
 
 from collections.abc import Sequence
+from math import isinf
 from typing import Any
 
 import torch
 from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.lr_scheduler import MultiStepLR, OneCycleLR
 from torchmetrics.classification import MulticlassAccuracy
 
+from nm_lightning.errors import InputError
 from nm_lightning.models import build_model
 from nm_lightning.modules.compressible import Compressible
 
+SCHEDULES = ("steps", "one_cycle")
+
 
 class ImageClassifier(Compressible, LightningModule):
-    """An image classifier: cross-entropy, SGD with momentum, a rate that drops by steps, top-1 and top-5.
+    """An image classifier: cross-entropy, SGD with momentum, a rate by steps or in one cycle, top-1 and top-5.
 
-    The defaults are the schedule of Kim et al. (NeurIPS 2020) for 200 epochs. A checkpoint holds all that
-    `load_from_checkpoint` needs, the widths of a compressed network included.
+    The defaults are the schedule of Kim et al. (NeurIPS 2020) for 200 epochs; one cycle (Smith and Topin,
+    "Super-convergence", 2018) is for a few dozen. A checkpoint holds all that `load_from_checkpoint` needs, the widths
+    of a compressed network included.
 
     Args:
         name: the network's registered name, see `nm_lightning.models`.
@@ -25,13 +31,20 @@ class ImageClassifier(Compressible, LightningModule):
         input_shape: `(channels, height, width)` of one image; training takes it from the data.
         widths: neurons of each hidden layer in order; None for the architecture's own.
         weights: torchvision's pretrained weights to start from, such as `DEFAULT`.
-        lr: learning rate of the first epochs.
+        lr: learning rate of the first epochs, or the cycle's highest.
         momentum: of SGD.
+        nesterov: look ahead by the momentum.
         weight_decay: of SGD.
-        milestones: epochs after which the rate is multiplied by `gamma`.
+        decay_all: False keeps the decay off norms and biases, the parameters of one dimension.
+        label_smoothing: share of each training label that is spread over all classes.
+        schedule: `steps`, or `one_cycle`: batch by batch up from `lr / 25`, after 30 % of all down to nothing.
+        milestones: epochs after which the rate of `steps` is multiplied by `gamma`.
         gamma: that factor.
         channels_last: keep the convolutions' weights, and with them all activations, with the channels last in memory,
             which is faster with `bf16-mixed` and on GPUs.
+
+    Raises:
+        InputError: settings out of range.
     """
 
     def __init__(
@@ -47,8 +60,18 @@ class ImageClassifier(Compressible, LightningModule):
         milestones: Sequence[int] = (99, 150),
         gamma: float = 0.1,
         channels_last: bool = False,
+        nesterov: bool = False,
+        decay_all: bool = True,
+        label_smoothing: float = 0.0,
+        schedule: str = "steps",
     ):
         super().__init__()
+        if schedule not in SCHEDULES:
+            raise InputError(f"unknown schedule {schedule!r}: choose from {', '.join(SCHEDULES)}")
+        if not 0 <= label_smoothing < 1:
+            raise InputError(f"label_smoothing {label_smoothing} is out of range: give 0 to 1, without 1")
+        if nesterov and momentum <= 0:
+            raise InputError(f"nesterov needs a momentum over 0, not {momentum}")
         self.save_hyperparameters(
             {
                 "name": name,
@@ -61,6 +84,10 @@ class ImageClassifier(Compressible, LightningModule):
                 "milestones": list(milestones),
                 "gamma": gamma,
                 "channels_last": channels_last,
+                "nesterov": nesterov,
+                "decay_all": decay_all,
+                "label_smoothing": label_smoothing,
+                "schedule": schedule,
             }  # not `weights`: a checkpoint brings its own
         )
         self.model = build_model(name, num_classes, tuple(input_shape), widths, weights)
@@ -85,7 +112,7 @@ class ImageClassifier(Compressible, LightningModule):
         return self.model(images)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Cross-entropy of one batch."""
+        """Cross-entropy of one batch with smoothed labels."""
         return self._step(batch, "train")
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
@@ -98,9 +125,9 @@ class ImageClassifier(Compressible, LightningModule):
 
     def _step(self, batch: tuple[Tensor, Tensor], stage: str) -> Tensor:
         images, labels = batch
-        logits = self(images)
-        loss = F.cross_entropy(logits, labels)
         train = stage == "train"
+        logits = self(images)
+        loss = F.cross_entropy(logits, labels, label_smoothing=self.hparams.label_smoothing if train else 0.0)
         self.log(f"{stage}/loss", loss, prog_bar=train, on_step=train, on_epoch=True, sync_dist=not train)
         for label in ("accuracy", "top5"):
             metric = self.metrics[f"{stage}/{label}"]
@@ -109,8 +136,35 @@ class ImageClassifier(Compressible, LightningModule):
         return loss
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """SGD, and the rate's steps at the milestones."""
+        """SGD, and the rate's steps at the milestones or its cycle."""
         hyper = self.hparams
-        optimizer = torch.optim.SGD(self.parameters(), hyper.lr, hyper.momentum, weight_decay=hyper.weight_decay)
-        scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, list(hyper.milestones), hyper.gamma)
-        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+        decayed = [parameter for parameter in self.parameters() if hyper.decay_all or parameter.ndim > 1]
+        others = [parameter for parameter in self.parameters() if not hyper.decay_all and parameter.ndim <= 1]
+        groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+        optimizer = torch.optim.SGD(
+            [group for group in groups if group["params"]],
+            hyper.lr,
+            hyper.momentum,
+            weight_decay=hyper.weight_decay,
+            nesterov=hyper.nesterov,
+        )
+        if hyper.schedule == "steps":
+            scheduler, interval = MultiStepLR(optimizer, list(hyper.milestones), hyper.gamma), "epoch"
+        else:
+            steps = self.trainer.estimated_stepping_batches
+            if isinf(steps):
+                raise InputError("one_cycle needs an end: give max_epochs or max_steps")
+            scheduler, interval = OneCycleLR(optimizer, hyper.lr, steps, cycle_momentum=False), "step"
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": interval}}
+
+    def on_train_start(self) -> None:
+        """Check that a cycle which is taken up again has the length it began with.
+
+        Raises:
+            InputError: it has another.
+        """
+        scheduler, steps = self.lr_schedulers(), self.trainer.estimated_stepping_batches
+        if getattr(scheduler, "total_steps", steps) != steps:
+            raise InputError(
+                f"the checkpoint's cycle has {scheduler.total_steps} steps, not {steps}: give its max_epochs"
+            )

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from nm_lightning.compression.checkpoint import PLAN_KEY
-from nm_lightning.compression.fold import Plan, apply_plan, compose
+from nm_lightning.compression.files.checkpoint import PLAN_KEY
+from nm_lightning.compression.structure.plan import Plan, apply_plan, compose
 
 
 class Compressible:

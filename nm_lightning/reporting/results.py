@@ -2,65 +2,16 @@
 
 import importlib.metadata
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from nm_lightning.compression.report import SiteReport
-from nm_lightning.modules.latency import Latency
+from nm_lightning.measure import Baseline, Result
 
 PACKAGES = ("nm-lightning", "torch", "torchvision", "pytorch-lightning")
 ONE_POINT = 0.01  # of accuracy: what a compression may cost before it is a trade
-
-
-@dataclass
-class Result:
-    """One cell of the grid.
-
-    Attributes:
-        method: prune, merge, ...
-        criterion: which neurons stayed.
-        ratio: share of neurons removed at each site; None where widths or a target were given.
-        accuracy: a fraction of the test set; None where there are no labels.
-        parameters: of the compressed network.
-        macs: multiply-accumulates for one image.
-        seconds: of the compression alone.
-        widths: survivors by site.
-        notes: what a reader should know.
-        checkpoint: the file's name in the same folder.
-        removed: share of all the sites' neurons that is gone.
-        sites: what happened at each.
-        similarity: of the removed neurons' largest cosines with a survivor, how many fall into each of 20 equal bins
-            from -1 to 1.
-        latency: at each batch size, where it was measured.
-    """
-
-    method: str
-    criterion: str
-    ratio: float | None
-    accuracy: float | None
-    parameters: int
-    macs: int
-    seconds: float
-    widths: dict[str, int]
-    notes: list[str]
-    checkpoint: str
-    removed: float
-    sites: list[SiteReport] = field(default_factory=list)
-    similarity: list[int] = field(default_factory=list)
-    latency: list[Latency] = field(default_factory=list)
-
-
-@dataclass
-class Baseline:
-    """The original network: accuracy (a fraction, None without labels), parameters, and MACs for one image."""
-
-    accuracy: float | None
-    parameters: int
-    macs: int
-    latency: list[Latency] = field(default_factory=list)
 
 
 def assemble(about: dict, baseline: Baseline, results: Sequence[Result]) -> dict:

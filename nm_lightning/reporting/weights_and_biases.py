@@ -9,6 +9,7 @@ from typing import Any
 
 from requests.utils import get_netrc_auth
 
+from nm_lightning.compression.recipe import Recipe
 from nm_lightning.reporting.results import best_at_each_ratio, share_removed
 
 ROW = ("method", "criterion", "ratio", "removed", "accuracy", "parameters", "macs", "seconds", "checkpoint")
@@ -59,7 +60,10 @@ def log_invocation(
         config = {  # a sweep's cell has one of each
             name: value[0] if isinstance(value, list) and len(value) == 1 else value for name, value in config.items()
         }
+        recipes = [row["recipe"] for row in report["results"]]
+        config |= _common([Recipe.from_dict(recipe).flat() for recipe in recipes])
         config |= {name: report[name] for name in known if report[name] is not None}
+        config["recipe"] = recipes[0] if len(recipes) == 1 else recipes
         settings = wandb.Settings(silent=True, console="off")
         options = {"job_type": "compress", "tags": list(tags), "config": config, "settings": settings}
         with wandb.init(project=project, entity=entity, name=report["title"], dir=folder.parent, **options) as run:
@@ -68,6 +72,14 @@ def log_invocation(
         return f"W&B: {where}"
     except Exception as error:  # whatever it is, the compression is done and its files are written
         return f"W&B failed, all else is complete: {(str(error).splitlines() or [type(error).__name__])[0][:200]}"
+
+
+def _common(settings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The value of each setting; a list of them where they differ."""
+    found: dict[str, list] = defaultdict(list)
+    for name, value in (item for each in settings for item in each.items()):
+        found[name] += [] if value in found[name] else [value]
+    return {name: values[0] if len(values) == 1 else values for name, values in found.items()}
 
 
 def log_compression(run: Any, report: dict, folder: Path, original: Path | None = None) -> None:

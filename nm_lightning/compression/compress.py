@@ -1,0 +1,164 @@
+"""The house's one road: trace, choose, decompose, narrow, refine, report."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nm_lightning.compression.graph import trace
+from nm_lightning.compression.recipe import Recipe
+from nm_lightning.compression.report import Report
+from nm_lightning.compression.selection.budgets import choose
+from nm_lightning.compression.settings import Budget, Criterion, Method, Refinement
+from nm_lightning.compression.statistics.calibration import Calibration
+from nm_lightning.compression.statistics.ranks import Ranks
+from nm_lightning.compression.statistics.subject import Subject
+from nm_lightning.compression.structure.copies import plain_copy, unwrapped
+from nm_lightning.compression.structure.decomposition import assign, narrow
+from nm_lightning.compression.structure.plan import Plan
+from nm_lightning.compression.structure.sites import Site
+from nm_lightning.errors import InputError
+
+
+@dataclass
+class CompressionResult:
+    """A smaller network and how it came about.
+
+    Attributes:
+        model: an ordinary network of the original's class, narrower.
+        report: what happened at each site.
+        plan: the surviving positions of every tensor that changed (`apply_plan` repeats the slicing).
+        keep: by site, the indices of the neurons that stayed.
+        sites: as they were before.
+        recipe: what was asked for.
+    """
+
+    model: nn.Module
+    report: Report
+    plan: Plan
+    keep: dict[str, Tensor]
+    sites: Sequence[Site]
+    recipe: Recipe
+
+
+class Compressor:
+    """A network that is traced once, and whose calibration images are read once, for any number of recipes.
+
+    Args:
+        model: any network that `torch.fx` can trace, also inside DDP or `torch.compile`. It is left as it was, and must
+            stay as it is.
+        example_input: a batch that `model` accepts; only its shape and dtype matter.
+        recipe: whose scope, sites, number of images and seed apply to all that follow.
+        calibration: see `compress`.
+        strategy: see `compress`.
+
+    Attributes:
+        subject: the network, its sites and images.
+        skipped: the layers that can't be compressed, with the reason why.
+    """
+
+    @torch.inference_mode(False)
+    def __init__(
+        self,
+        model: nn.Module,
+        example_input: Tensor,
+        recipe: Recipe,
+        calibration: Tensor | Iterable | str | None = None,
+        strategy: Any = None,
+    ):
+        if not isinstance(example_input, Tensor):
+            raise InputError(f"example_input is a {type(example_input).__name__}: give one tensor, a batch of images")
+        plain, notes = plain_copy(unwrapped(model))
+        found = trace(plain, example_input, recipe.scope)
+        self.recipe, self.skipped, self.notes = recipe, found.skipped, notes
+        images = Calibration(None, example_input)
+        self.subject = Subject(plain, example_input, choose(found.sites, recipe.sites), images, recipe.seed)
+        self.look_at(calibration, strategy)
+
+    def look_at(self, calibration: Tensor | Iterable | str | None, strategy: Any = None) -> None:
+        """Take other calibration images, and other ranks; see `compress`."""
+        size, seed = self.recipe.calibration_size, self.recipe.seed
+        self.subject.calibration = Calibration(calibration, self.subject.example, size, seed, Ranks(strategy))
+        self.subject.computed.clear()
+
+    @torch.inference_mode(False)
+    def __call__(self, recipe: Recipe | None = None) -> CompressionResult:
+        """Follow a recipe, by default the one that was given first."""
+        recipe, subject = recipe or self.recipe, self.subject
+        for name in ("scope", "sites", "calibration_size", "seed"):
+            asked, known = getattr(recipe, name), getattr(self.recipe, name)
+            if asked != known:
+                raise InputError(f"{name} {asked!r}: the network was traced and its images drawn for {known!r}")
+        subject.calibration.check(recipe)
+        subject.remarks = []
+        counts = recipe.budget.counts(subject)
+        keeps = subject.ranks.first(recipe.criterion.choose(subject, counts, recipe.method))
+        decomposition = recipe.method.decompose(subject, keeps)
+        model, plan = narrow(subject.model, subject.sites, decomposition)
+        rows = [decomposition.rows[site.name] for site in subject.sites]
+        report = Report(rows, dict(self.skipped), [*self.notes, *subject.remarks])
+        for refinement in recipe.then:
+            assign(model, refinement.refine(subject, model, plan, report))
+        subject.ranks.agree(model)
+        return CompressionResult(model, report, plan, decomposition.keeps, subject.sites, recipe)
+
+
+def compress(
+    model: nn.Module,
+    example_input: Tensor,
+    method: str | Method = "merge",
+    criterion: str | Criterion = "l2-norm",
+    ratio: float | None = None,
+    *,
+    budget: Budget | None = None,
+    then: Sequence[Refinement] = (),
+    calibration: Tensor | Iterable | str | None = None,
+    recipe: Recipe | None = None,
+    strategy: Any = None,
+    **settings: Any,
+) -> CompressionResult:
+    """Make a trained network smaller without labels or training; prune and merge need no images either.
+
+        compress(net, x, method="merge", criterion="l1-norm", ratio=0.5)
+        compress(net, x, Reconstruct(ridge=1e-2), OutputAware(), budget=Macs(0.5), then=[Refit(2)], calibration=loader)
+
+    Args:
+        model: any network that `torch.fx` can trace, also inside DDP or `torch.compile`. It is left as it was.
+        example_input: a batch that `model` accepts; only its shape and dtype matter.
+        method: what becomes of the removed neurons: `prune`, `merge`, `fold`, `reconstruct`, or a `Method`.
+        criterion: which neurons stay: `l1-norm`, `l2-norm`, `l2-GM`, `output`, or a `Criterion`.
+        ratio: share of each site's neurons to remove, in [0, 1); 0.5 where nothing else says how many.
+        budget: instead of a ratio: `Widths`, `Parameters`, `Macs`, or one of your own.
+        then: what follows: `Refit`, `RecalibrateNorm`, `Distill`, or one of your own.
+        calibration: unlabelled images as the network reads them: a tensor `(N, ...)`, a DataLoader, or `synthetic`
+            for images that a program draws. Needed by `reconstruct`, `output`, targets, and what follows.
+        recipe: all of the above that is no image, in one; nothing else may be given then.
+        strategy: of a Lightning `Trainer` or `Fabric` whose ranks all call this with the same network, each with its
+            share of the calibration images; they all get the same result.
+        settings: by the names of compress.py's flags, such as `threshold`, `widths`, `sites`, `scope`, `refit` or
+            `seed`; `recipe.settings()` lists them.
+
+    Returns:
+        The smaller network, the report and the plan.
+
+    Raises:
+        InputError: an argument that names nothing or fits nothing, or a network that can't be traced.
+        RankLost: another rank is gone.
+
+    >>> import torch
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> compress(net, torch.zeros(1, 4), ratio=0.5).model
+    Sequential(
+      (0): Linear(in_features=4, out_features=4, bias=True)
+      (1): ReLU()
+      (2): Linear(in_features=4, out_features=2, bias=True)
+    )
+    """
+    if recipe is None:
+        settings |= {} if ratio is None else {"ratio": ratio}
+        recipe = Recipe.of(method, criterion, budget=budget, then=then, **settings)
+    elif settings or then or not (ratio is budget is None and (method, criterion) == ("merge", "l2-norm")):
+        raise InputError("a recipe says it all: give no method, criterion, ratio, budget or setting beside it")
+    return Compressor(model, example_input, recipe, calibration, strategy)()

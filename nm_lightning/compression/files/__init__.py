@@ -1,0 +1,1 @@
+"""A compressed network on disk: checkpoints and files that run elsewhere."""

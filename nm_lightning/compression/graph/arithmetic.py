@@ -1,0 +1,129 @@
+"""Rules for operations in which neurons meet: sums, products, matrix products and attention."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, fx
+
+from nm_lightning.compression.graph.follow import Follower
+from nm_lightning.compression.graph.neurons import compact, is_nobodys, shrink, varying
+from nm_lightning.compression.graph.rules import Call, rule
+from nm_lightning.compression.structure.operations import facts_of
+
+
+@rule(kinds=["sum", "product", "quotient"])
+def combine(follower: Follower, call: Call) -> Tensor | None:
+    """A sum or product of two values: neurons that meet in one entry are tied."""
+    value, sources = call.value, call.sources[:2]
+    if not isinstance(value, Tensor):
+        return None
+    additive = facts_of(call.operation).kind == "sum"
+    if len(sources) < 2:
+        follower.roles[call.node] = _role_with_constant(call, divisor=not isinstance(call.argument("input", 0), Tensor))
+        return sources[0].expand_as(value)
+    both = [source.expand_as(value) for source in sources]
+    if all(map(is_nobodys, both)):
+        return both[0]
+    changes = [varying(source) for source in both]
+    for this, that in ((0, 1), (1, 0)):
+        # what is broadcast along the neurons, as a mask over space is, asks nothing of them
+        padded = (1,) * (value.ndim - sources[that].ndim) + tuple(sources[that].shape)
+        if changes[this] and not changes[that] and all(padded[dim] == 1 for dim in changes[this]):
+            role = _role_with_constant(call, divisor=this == 1)
+            if not is_nobodys(both[that]):
+                role = "added to other neurons" if additive else "multiplied by other neurons"
+            follower.roles[call.node] = role
+            return both[this]
+    dims = set(changes[0]) | set(changes[1])
+    for that, argument in enumerate(call.node.args[:2]):
+        bare = isinstance(argument, fx.Node) and argument.op == "get_attr" and len(dims) == 1
+        if bare and not changes[that]:
+            both[that] = _bind(follower, call, that, next(iter(dims)), both[that])
+    first, second = both
+    if torch.equal(compact(first).expand_as(value), compact(second).expand_as(value)):
+        follower.roles[call.node] = "scale" if additive else "multiplied by itself"
+        return first
+    parameter = any(map(follower.is_parameter, both))
+    role = f"{'added to' if additive else 'multiplied by'} {'a parameter' if parameter else 'other neurons'}"
+    follower.roles[call.node] = role
+    follower.tie(first, second, role, additive=additive and not parameter)
+    return torch.maximum(compact(first), compact(second)).expand_as(value)
+
+
+def _role_with_constant(call: Call, divisor: bool) -> str:
+    """What a constant does to the neurons, or they to it if they are the divisor."""
+    kind = facts_of(call.operation).kind
+    if kind == "quotient" and divisor:
+        return "it divides a constant"
+    return "a constant is added" if kind == "sum" else "scale"
+
+
+def _bind(follower: Follower, call: Call, position: int, dim: int, unbound: Tensor) -> Tensor:
+    """A parameter with several long dimensions, where its neighbour tells which one is the channels'."""
+    argument, tensor = call.node.args[position], call.args[position]
+    own = dim - (call.value.ndim - tensor.ndim)
+    if own < 0 or tensor.shape[own] != call.value.shape[dim]:
+        return unbound
+    name = follower.name_of(tensor, argument.target)
+    return follower.bind(replace(call, node=argument, value=tensor), name, own).expand_as(call.value)
+
+
+@rule("matmul", "bmm")
+def matrix_product(follower: Follower, call: Call) -> Tensor | None:
+    """`first @ second`."""
+    if len(call.sources) != 2 or min(source.ndim for source in call.sources) < 2:
+        return None
+    follower.roles[call.node] = "multiplied by other neurons"
+    return _matmul(follower, *call.sources)
+
+
+@rule("scaleddotproductattention")
+def attention(follower: Follower, call: Call) -> Tensor | None:
+    """`softmax(query @ key.T) @ value`."""
+    if len(call.sources) < 3:
+        return None
+    query, key, value = call.sources[:3]
+    follower.roles[call.node] = "attention is not positively homogeneous"
+    return _matmul(follower, _matmul(follower, query, key.transpose(-1, -2)), value)
+
+
+@rule("einsum")
+def einsum(follower: Follower, call: Call) -> Tensor | None:
+    """`torch.einsum` of two operands, without repeated letters or dots."""
+    if len(call.sources) != 2 or not isinstance(call.args[0], str):
+        return None
+    inputs, arrow, result = call.args[0].replace(" ", "").partition("->")
+    letters = inputs.split(",")
+    if not arrow or len(letters) != 2 or "." in inputs or any(len(set(word)) < len(word) for word in letters):
+        return None
+    summed = [letter for letter in dict.fromkeys(inputs) if letter not in result and letter != ","]
+    order = [*result, *summed]
+
+    def spread(neurons: Tensor, word: str) -> Tensor:
+        neurons = neurons.permute([word.index(letter) for letter in order if letter in word])
+        for dim, letter in enumerate(order):
+            neurons = neurons if letter in word else neurons.unsqueeze(dim)
+        return neurons
+
+    dims = list(range(len(result), len(order)))
+    contracted = _contract(follower, *map(spread, call.sources, letters), dims)
+    follower.roles[call.node] = "multiplied by other neurons"
+    return contracted.flatten(len(result)).squeeze(-1) if dims else contracted
+
+
+def _matmul(follower: Follower, first: Tensor, second: Tensor) -> Tensor:
+    """`(..., a, b) @ (..., b, c)`."""
+    return _contract(follower, first.unsqueeze(-1), second.unsqueeze(-3), [-2]).squeeze(-2)
+
+
+def _contract(follower: Follower, left: Tensor, right: Tensor, dims: list[int]) -> Tensor:
+    """A product summed over `dims`: what is summed stays or goes as one, with what it is multiplied by."""
+    left, right = torch.broadcast_tensors(left, right)
+    for factor in (left, right):
+        follower.tie(factor, shrink(factor, dims), "summed over in a matrix product")
+    left, right = shrink(left, dims), shrink(right, dims)
+    if is_nobodys(left):
+        return right
+    if not is_nobodys(right):
+        follower.tie(left, right, "multiplied in a matrix product")
+    return left

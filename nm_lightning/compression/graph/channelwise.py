@@ -1,0 +1,79 @@
+"""Rules for operations that leave each neuron where it is: activations, pooling, padding, means, softmax."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from nm_lightning.compression.graph.follow import Follower
+from nm_lightning.compression.graph.neurons import constant, nobody, shrink
+from nm_lightning.compression.graph.rules import Call, rule
+from nm_lightning.compression.structure.operations import facts_of
+from nm_lightning.compression.structure.sites import NOBODY
+
+
+@rule(kinds=["entry"])
+def entry(follower: Follower, call: Call) -> Any:
+    """Each entry for itself."""
+    homogeneous = facts_of(call.operation).homogeneous
+    follower.roles[call.node] = "scale" if homogeneous else f"{call.operation} is not positively homogeneous"
+    return call.source if isinstance(call.value, Tensor) else nobody(call.value)
+
+
+@rule(kinds=["pool"])
+def pool(follower: Follower, call: Call) -> Tensor | None:
+    """Over as many dimensions of space as the name says."""
+    if not isinstance(call.value, Tensor):  # a pair, with the places of the largest
+        return None
+    return _over_space(follower, call, range(call.value.ndim - int(call.operation[-2]), call.value.ndim))
+
+
+@rule("pad")
+def pad(follower: Follower, call: Call) -> Tensor | None:
+    """`torch.nn.functional.pad`: what it adds among the neurons is nobody's."""
+    amounts = call.argument("pad", 1, ())
+    space = [call.value.ndim - 1 - i // 2 for i, amount in enumerate(amounts) if amount]
+    if all(constant(call.source, dim) for dim in space):
+        return _over_space(follower, call, space, call.argument("value", 3, 0))
+    if call.kwargs.get("mode", "constant") != "constant" or not all(isinstance(amount, int) for amount in amounts):
+        return None
+    follower.roles[call.node] = "move"
+    return F.pad(call.source, list(amounts), value=NOBODY)
+
+
+@rule(kinds=["resample", "pad"])
+def resize(follower: Follower, call: Call) -> Tensor | None:
+    """Over the dimensions whose size it changes."""
+    space = [dim for dim in range(call.value.ndim) if call.source.shape[dim] != call.value.shape[dim]]
+    return _over_space(follower, call, space, getattr(call.layer, "value", 0))
+
+
+def _over_space(follower: Follower, call: Call, space: Sequence[int], filled: Any = 0) -> Tensor | None:
+    """Each channel is left where it is, if its entries are all of one neuron."""
+    if not all(constant(call.source, dim) for dim in space):
+        return None
+    follower.roles[call.node] = "padded with a constant" if filled else "scale"
+    return shrink(call.source, space).expand_as(call.value)
+
+
+@rule(kinds=["reduce"])
+def reduce(follower: Follower, call: Call) -> Tensor | None:
+    """A mean over space or tokens, along which the neurons don't change."""
+    dims = call.argument("dim", 1)
+    dims = [dims] if isinstance(dims, int) else dims or range(call.source.ndim)
+    if not isinstance(call.value, Tensor) or not all(constant(call.source, dim) for dim in dims):
+        return None
+    follower.roles[call.node] = "scale"
+    shrunk = shrink(call.source, dims)
+    return (shrunk if call.argument("keepdim", 2, False) else shrunk.reshape(call.value.shape)).expand_as(call.value)
+
+
+@rule("softmax", "logsoftmax")
+def softmax(follower: Follower, call: Call) -> Tensor | None:
+    """Over tokens, not over neurons."""
+    dim = getattr(call.layer, "dim", call.argument("dim", 1))
+    if dim is None or not constant(call.source, dim):
+        return None
+    follower.roles[call.node] = f"{call.operation} is not positively homogeneous"
+    return call.source

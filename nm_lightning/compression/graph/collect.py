@@ -1,0 +1,175 @@
+"""From what was seen while following to sites: neurons tied to each other and to nothing that must stay."""
+
+from collections import defaultdict
+from dataclasses import replace
+
+import numpy as np
+import torch
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+from torch import Tensor, fx
+
+from nm_lightning.compression.graph.follow import Follower
+from nm_lightning.compression.graph.neurons import Facts, neurons_in, owned
+from nm_lightning.compression.graph.rules import known, taught
+from nm_lightning.compression.graph.tracer import operation_at_home
+from nm_lightning.compression.structure.sites import NOBODY, Consumer, Member, Site, Trace
+
+# All tables here have an entry for each neuron and one more, the last, for nobody: `table[NOBODY]` is it.
+
+
+def collect(facts: Facts, followers: list[Follower]) -> Trace:
+    """The sites, and why the other layers stay."""
+    ties = tied_pairs(facts)
+    neuron = components(facts.total + 1, ties)  # what stays or goes as one
+    chains = [torch.stack([block[:-1], block[1:]]) for block in facts.blocks.values() if len(block) > 1]
+    apart = [pair[:, (pair != facts.total).all(dim=0)] for pair in ties]
+    component = components(facts.total + 1, apart + chains)  # what shrinks together
+    reasons, coupled = _reasons(facts, ties, component), _coupled(facts, apart, component)
+
+    members: dict[int, dict[str, list[tuple[str, str]]]] = defaultdict(lambda: defaultdict(list))
+    for key, member in facts.members.items():
+        parameter = member.kind == "rows" and member.slots[0][0] in facts.parameters
+        for index in component[owned(member.owner)].unique().tolist():
+            members[index]["parameters" if parameter else member.kind].append(key)
+
+    carriers = {
+        node: set(component[owned(neurons_in(origin))].unique().tolist())
+        for follower in followers
+        for node, origin in follower.origins.items()
+    }
+    found = Trace([], _not_looked_into(followers))
+    for index, keys in members.items():
+        inside = component == index
+        inside[NOBODY] = False
+        classes, numbers = neuron[inside].unique(return_inverse=True)
+        number = torch.full_like(component, NOBODY)
+        number[inside] = numbers  # the site's numbering
+
+        cells, unfit = _cells(facts, number, len(classes))
+        if not keys["columns"]:
+            unfit = "no layer reads its neurons"
+        elif len(classes) < 2:
+            unfit = "its neurons stay or go as one"
+        reason = reasons.get(index, unfit)
+        producers = [_renumbered(facts.members[key], number) for key in keys["rows"]]
+        if reason or not producers:
+            found.skipped |= {member.name: reason for member in producers}
+            continue
+        consumers = []
+        for key in keys["columns"]:
+            norm, obstacle = _path(followers, carriers, facts.nodes[key], index)
+            member = _renumbered(facts.members[key], number)
+            consumers.append(Consumer(**vars(member), norm=norm, obstacle=obstacle))
+        passed = [_renumbered(facts.members[key], number) for key in keys["channels"] + keys["parameters"]]
+        found.sites.append(
+            Site(producers[0].name, len(classes), producers, passed, consumers, cells, coupled=index in coupled)
+        )
+    return found
+
+
+def components(count: int, pairs: list[Tensor]) -> Tensor:
+    """Labels of `count` things that `(2, m)` pairs connect.
+
+    >>> components(4, [torch.tensor([[0, 3], [1, 3]])])
+    tensor([0, 0, 1, 2])
+    """
+    edges = torch.cat(pairs, dim=1).numpy() if pairs else np.zeros((2, 0), dtype=np.int64)
+    graph = coo_matrix((np.ones(edges.shape[1]), (edges[0], edges[1])), shape=(count, count))
+    return torch.from_numpy(connected_components(graph, directed=False)[1]).long()
+
+
+def tied_pairs(facts: Facts) -> list[Tensor]:
+    """The ties as `(2, m)` pairs, with `facts.total` for what no neuron owns."""
+    pairs = [torch.stack([tie.first, tie.second]) for tie in facts.ties]
+    return [torch.where(pair == NOBODY, facts.total, pair) for pair in pairs]
+
+
+def _reasons(facts: Facts, ties: list[Tensor], component: Tensor) -> dict[int, str]:
+    """Why components can't shrink: the first reason of each."""
+    reasons: dict[int, str] = {}
+    for neurons, reason in facts.frozen:
+        for index in component[owned(neurons)].unique().tolist():
+            reasons.setdefault(index, reason)
+    for pair, tie in zip(ties, facts.ties, strict=True):
+        ends = pair[:, (pair == facts.total).any(dim=0)]
+        for index in component[ends[ends != facts.total]].unique().tolist():
+            reasons.setdefault(index, f"{tie.reason}, which can't shrink")
+    return reasons
+
+
+def _coupled(facts: Facts, ties: list[Tensor], component: Tensor) -> set[int]:
+    """The components in which neurons of several blocks are added together."""
+    block_of = torch.empty_like(component)
+    for number, block in enumerate(facts.blocks.values()):
+        block_of[block] = number
+    coupled = set()
+    for pair, tie in zip(ties, facts.ties, strict=True):
+        if tie.additive:
+            across = pair[0, block_of[pair[0]] != block_of[pair[1]]]
+            coupled |= set(component[across].unique().tolist())
+    return coupled
+
+
+def _not_looked_into(followers: list[Follower]) -> dict[str, str]:
+    """Modules with weights that no rule knows."""
+    skipped = {}
+    for follower in followers:
+        for node in follower.graph.nodes:
+            if node.op == "call_module":
+                layer = follower.fetch_attr(node.target)
+                followed = taught(layer) or known(operation_at_home(node, layer))
+                if next(layer.parameters(), None) is not None and not followed:
+                    skipped[node.target] = f"nn.{type(layer).__name__} is not looked into"
+    return skipped
+
+
+def _renumbered(member: Member, number: Tensor) -> Member:
+    """A layer's share in one site: the owners are the site's neurons."""
+    return replace(member, owner=number[member.owner])
+
+
+def _cells(facts: Facts, number: Tensor, width: int) -> tuple[Tensor, str]:
+    """The finest partition `(width,)` that all quotas on a site's neurons ask for, and why there is none, if so."""
+    cells = torch.zeros(width, dtype=torch.long)
+    for quota in facts.quotas:
+        own = number[quota.neurons]
+        inside = own >= 0
+        if not inside.any():
+            continue
+        counts = torch.zeros(width, int(quota.groups.max()) + 1, dtype=torch.long)
+        counts.index_put_((own[inside], quota.groups[inside]), torch.tensor(1), accumulate=True)
+        if (counts == counts[:1]).all() and (counts[0] == counts[0, 0]).all():
+            continue  # every neuron has an equal part in each group
+        one_each = len(counts[counts > 0].unique()) == 1 and not ((counts > 0).sum(dim=1) > 1).any()
+        if not one_each or len(counts.sum(dim=0).unique()) > 1:
+            return cells, "its neurons are spread unevenly over groups"
+        group = torch.where(counts.sum(dim=1) > 0, counts.argmax(dim=1), -1)
+        _, cells = torch.stack([cells, group]).unique(dim=1, return_inverse=True)
+    if len(torch.bincount(cells).unique()) > 1:
+        return cells, "its neurons are spread unevenly over groups"
+    return cells, "its groups have one neuron each" if int(cells.max()) + 1 == width else ""
+
+
+def _path(
+    followers: list[Follower], carriers: dict[fx.Node, set[int]], consumer: fx.Node, index: int
+) -> tuple[str | None, str]:
+    """What lies between a component's neurons and a consumer: the norm directly behind the producer, an obstacle."""
+    follower = next(follower for follower in followers if consumer in follower.origins)
+    steps, pending = set(), list(consumer.all_input_nodes)
+    while pending:
+        node = pending.pop()
+        if node not in steps and index in carriers[node] and follower.roles.get(node) != "produce":
+            steps.add(node)
+            pending += node.all_input_nodes
+    ordered = [node for node in follower.graph.nodes if node in steps]
+    norm = None
+    for position, node in enumerate(ordered):
+        role = follower.roles[node]
+        if role == "norm":
+            if norm is not None or any(follower.roles[before] != "move" for before in ordered[:position]):
+                return None, f"{node.target} normalises behind another layer"
+            norm = node.target
+        elif role not in ("move", "scale"):
+            return norm, role
+    return norm, ""

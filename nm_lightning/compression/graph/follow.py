@@ -1,0 +1,263 @@
+"""Following neurons through a network's graph: which neuron each entry of each activation comes from.
+
+The graph is run on an example without its data (PyTorch's meta device). Beside every activation travels an integer
+tensor of the same shape, of its neurons. Reshapes, concatenations and other movements are simply executed on it; a
+Linear or Conv that reads it learns which neuron owns which of its input columns, and makes new neurons; an addition or
+a product ties the neurons that meet in it; an operation without a rule freezes what it reads, with a reason. No
+architecture is known by name.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from nm_lightning.compression.graph.neurons import (
+    Facts,
+    Quota,
+    Tie,
+    along,
+    compact,
+    constant,
+    is_nobodys,
+    lay_along,
+    nobody,
+    shrink,
+)
+from nm_lightning.compression.graph.rules import Call, known, taught
+from nm_lightning.compression.graph.tracer import Tracer, in_place, operation_at_home, operation_name, where
+from nm_lightning.compression.structure.operations import CHANNEL_NORMS, LAYERS, MIXING_NORMS, facts_of
+from nm_lightning.compression.structure.sites import Member
+
+Slots = list[tuple[str, int]]  # see `Member`
+Counts = dict[str, int] | None
+
+
+class Follower(fx.Interpreter):
+    """Runs a graph, and with each value the tensor of the neurons that its entries come from.
+
+    Args:
+        root: the network.
+        facts: what was seen before, to be added to.
+        given: the neurons that a layer makes, where they are known; new ones elsewhere.
+
+    Attributes:
+        origins: the neurons that each node's value carries.
+        root: the network.
+        roles: what each node does to a neuron: `produce`, `norm`, `move`, `scale`, or an obstacle's sentence.
+    """
+
+    def __init__(self, root: nn.Module, facts: Facts, given: dict[str, Tensor] | None = None):
+        super().__init__(root, graph=Tracer().trace(root))
+        self.root = root
+        self.facts, self.given = facts, given or {}
+        self.origins: dict[fx.Node, Any] = {}
+        self.roles: dict[fx.Node, str] = {}
+        self.tensor_names: dict[int, str] = {}  # shared tensors go by their first name
+        for source in (root.named_parameters, root.named_buffers):
+            for name, tensor in source(remove_duplicate=False):
+                self.tensor_names.setdefault(id(tensor), name)
+
+    def run_node(self, node: fx.Node) -> Any:
+        """Run it twice: on the values, and on the neurons."""
+        args, kwargs = self.fetch_args_kwargs_from_env(node)
+        layer = self.fetch_attr(node.target) if node.op == "call_module" else None
+        operation = operation_at_home(node, layer)
+        keeps_shape = isinstance(layer, (*CHANNEL_NORMS, *MIXING_NORMS)) or facts_of(operation).kind == "entry"
+        if layer is not None and keeps_shape and args and isinstance(args[0], Tensor) and args[0].is_meta:
+            value = args[0]  # a normalisation or an activation: without data there is nothing to compute
+        else:
+            value = super().run_node(node)
+        origins = fx.map_arg((node.args, node.kwargs), lambda argument: self.origins[argument])
+        sources = [origin for origin in pytree.tree_leaves(origins) if isinstance(origin, Tensor)]
+        name = node.target if layer is not None else ""
+        self.origins[node] = self._follow(Call(node, operation, layer, args, kwargs, origins, sources, value, name))
+        if in_place(node, layer):
+            changed = node.args[0] if node.args else None
+            if isinstance(changed, fx.Node) and len(changed.users) > 1 and self.roles.get(node) != "move":
+                self.roles[changed] = f"changed in place by {operation_name(node, None)}"
+        return value
+
+    def _follow(self, call: Call) -> Any:
+        """The neurons of a node's result."""
+        node, sources = call.node, call.sources
+        if node.op == "output":
+            for source in sources:
+                self.freeze(source, "its neurons are the network's outputs")
+            return None
+        if node.op == "get_attr" and isinstance(call.value, Tensor):
+            return self._parameter(call)
+        results = any(isinstance(result, Tensor) for result in pytree.tree_leaves(call.value))
+        if node.op in ("placeholder", "get_attr") or not sources or not results:
+            return nobody(call.value)
+        rules = taught(node.target if call.layer is None else call.layer)
+        if not rules and facts_of(call.operation).kind != "layer" and all(map(is_nobodys, sources)):
+            return nobody(call.value)
+        for rule in (*rules, *known(call.operation)):
+            followed = rule(self, call)
+            if followed is not None:
+                self.roles.setdefault(node, f"{call.name or call.operation} may not pass a factor on")
+                return followed
+        for source in sources:
+            self.freeze(source, f"read by {call.operation}, which is not followed{where(node)}")
+        return nobody(call.value)
+
+    # -- what rules may ask
+
+    def slots(self, call: Call, dim: int, *attributes: str) -> Slots:
+        """Those of a layer's tensors that exist, each with its axis: the first has it at `dim`, the others at 0."""
+        found = []
+        for position, attribute in enumerate(attributes):
+            tensor = getattr(call.layer, attribute, None)
+            if tensor is not None:
+                found.append((self.name_of(tensor, f"{call.name}.{attribute}"), 0 if position else dim))
+        return found
+
+    def name_of(self, tensor: Tensor, otherwise: str) -> str:
+        """The first name that the network has for a tensor."""
+        return self.tensor_names.get(id(tensor), otherwise)
+
+    def module_named(self, name: str) -> nn.Module | None:
+        """The network's module of that name, if there is one."""
+        try:
+            return self.root.get_submodule(name)
+        except AttributeError:
+            return None
+
+    # -- what rules say
+
+    def produce(self, call: Call, slots: Slots, dim: int, counts: Counts = None, groups: int = 1) -> Tensor:
+        """The layer makes new neurons along `dim` of its value, the same ones whenever it is called again.
+
+        Args:
+            call: the layer's.
+            slots: the tensors that have a row for each neuron, the weight first.
+            dim: the value's.
+            counts: the layer's attributes that tell how many these are, each with the divisor of that number.
+            groups: equally many must stay in each of so many consecutive runs.
+        """
+        self.roles[call.node] = "produce"
+        width = call.value.shape[dim]
+        key = slots[0][0]  # layers that share a weight share its neurons
+        if key not in self.facts.blocks:
+            neurons = self.given.get(key)
+            if neurons is None:
+                neurons = torch.arange(self.facts.total, self.facts.total + width)
+            self.facts.blocks[key] = neurons
+            self.facts.total = max(self.facts.total, int(neurons.max()) + 1)
+        neurons = self.facts.blocks[key]
+        if len(neurons) != width:
+            raise ValueError(f"{call.name} makes {width} neurons, not {len(neurons)}")
+        self._note(call, Member(call.name, "rows", slots, counts or {}, neurons))
+        if groups > 1:
+            self.quota(neurons, groups)
+        return lay_along(neurons, dim, call.value.ndim).expand_as(call.value)
+
+    def read(self, call: Call, slots: Slots, dim: int, counts: Counts = None, groups: int = 1) -> None:
+        """The layer's columns read the neurons along `dim` of its source; the arguments are those of `produce`."""
+        if isinstance(call.layer, LAYERS) and not type(call.layer).__module__.startswith("torch.nn."):
+            self.facts.shapes[call.name] = call.args[0].shape
+        neurons = self.settle(call.source, dim)
+        axis = dim % call.source.ndim
+        self.see(call, Member(call.name, "columns", slots, counts or {}, neurons, groups, axis))
+        if groups > 1:
+            self.quota(neurons, groups)
+
+    def pass_through(
+        self, call: Call, slots: Slots, dim: int, counts: Counts = None, role: str = "", repeats: int = 1
+    ) -> Tensor:
+        """The layer has parameters for each channel along `dim`.
+
+        Args:
+            call: the layer's.
+            slots: the tensors that have an entry for each channel.
+            dim: the source's and the value's.
+            counts: the layer's attributes that tell how many these are, each with the divisor of that number.
+            role: `scale` if a channel's factor passes; else why it does not.
+            repeats: the channels that come of each.
+        """
+        self.roles[call.node] = role or f"{call.name} has a parameter for each channel"
+        neurons = self.settle(call.source, dim).repeat_interleave(repeats)
+        if slots or counts:
+            self.see(call, Member(call.name, "channels", slots, counts or {}, neurons, axis=dim))
+        return lay_along(neurons, dim, call.value.ndim).expand_as(call.value)
+
+    def see(self, call: Call, member: Member, at: str = "") -> None:
+        """Note what a layer reads; a layer called again ties what it reads now to what it read before.
+
+        Args:
+            call: the layer's.
+            member: its axis, of the kind `columns` or `channels`; the owners are the neurons that it reads.
+            at: sets it apart from others that the same layer has of this kind.
+        """
+        key, neurons = self._note(call, member, at), member.owner
+        for slot in member.slots or [key]:
+            before = self.facts.axes.setdefault(slot, neurons)
+            if not torch.equal(before, neurons):
+                if len(before) != len(neurons):
+                    raise ValueError(f"{member.name} reads {len(neurons)} neurons, not {len(before)}")
+                self.tie(before, neurons, f"{member.name} or its weight is used several times", additive=True)
+
+    def settle(self, source: Tensor, dim: int) -> Tensor:
+        """The neuron of each position along `dim`; several that share a position are tied."""
+        neurons = along(source, dim)
+        if not all(constant(source, other) for other in range(source.ndim) if other != dim % source.ndim):
+            reason = "several of its neurons are read through one weight"
+            self.tie(lay_along(neurons, dim, source.ndim), source, reason)
+        return neurons
+
+    def stop(self, call: Call, reason: str) -> Any:
+        """What the call reads can't shrink."""
+        self.freeze(call.source, reason)
+        return nobody(call.value)
+
+    def freeze(self, neurons: Tensor, reason: str) -> None:
+        """These can't be removed."""
+        self.facts.frozen.append((compact(neurons).unique(), reason))
+
+    def tie(self, first: Tensor, second: Tensor, reason: str, additive: bool = False) -> None:
+        """Those that lie at the same place of two tensors can only be removed together."""
+        first, second = torch.broadcast_tensors(first, second)
+        dims = [d for d in range(first.ndim) if first.stride(d) == 0 and second.stride(d) == 0 and first.shape[d] > 1]
+        first, second = shrink(first, dims).reshape(-1), shrink(second, dims).reshape(-1)
+        apart = first != second
+        base = self.facts.total + 1
+        pairs = ((first[apart] + 1) * base + second[apart] + 1).unique()
+        if len(pairs):
+            self.facts.ties.append(Tie(pairs // base - 1, pairs % base - 1, reason, additive))
+
+    def quota(self, neurons: Tensor, groups: int) -> None:
+        """Equally many of each of `groups` consecutive runs must stay."""
+        self.facts.quotas.append(Quota(neurons, torch.arange(groups).repeat_interleave(len(neurons) // groups)))
+
+    # -- parameters without a layer
+
+    def bind(self, call: Call, name: str, dim: int) -> Tensor:
+        """The parameter that is the call's value makes neurons along `dim`, for others to be tied to."""
+        self.facts.parameters.add(name)
+        return self.produce(replace(call, name=name), [(name, dim)], dim)
+
+    def is_parameter(self, neurons: Tensor) -> bool:
+        """Whether a parameter made them."""
+        first = int(compact(neurons).reshape(-1)[0])
+        return any(first in block for name, block in self.facts.blocks.items() if name in self.facts.parameters)
+
+    def _parameter(self, call: Call) -> Tensor:
+        """A bare parameter with one long dimension: its entries are neurons that others may be tied to."""
+        long = [dim for dim, size in enumerate(call.value.shape) if size > 1]
+        if all(facts_of(operation_name(user, None)).kind == "layer" for user in call.node.users):
+            return nobody(call.value)
+        name = self.name_of(call.value, call.node.target)
+        if len(long) != 1 or not call.value.is_floating_point():
+            self.facts.bare.add(name)
+            return nobody(call.value)
+        return self.bind(call, name, long[0])
+
+    def _note(self, call: Call, member: Member, at: str = "") -> tuple[str, str]:
+        key = (member.name, member.kind + at)
+        if key not in self.facts.members:
+            self.facts.members[key] = replace(member, node=call.node.name)
+            self.facts.nodes[key] = call.node
+        return key

@@ -1,0 +1,183 @@
+"""Rules for layers: modules that hold weights, and `torch.nn.functional`'s on parameters of the user's modules."""
+
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from nm_lightning.compression.graph.follow import Follower
+from nm_lightning.compression.graph.neurons import along, nobody, varying
+from nm_lightning.compression.graph.rules import Call, rule
+from nm_lightning.compression.graph.tracer import where
+from nm_lightning.compression.structure.operations import BATCH_NORMS, CHANNEL_NORMS, CONVOLUTIONS, TRANSPOSED
+from nm_lightning.compression.structure.sites import Member
+
+# the functions, with the names of their arguments
+FUNCTIONAL = {
+    **{f"conv{d}d": ("input", "weight", "bias", "stride", "padding", "dilation", "groups") for d in (1, 2, 3)},
+    "linear": ("input", "weight", "bias"),
+    "batchnorm": ("input", "running_mean", "running_var", "weight", "bias"),
+    "layernorm": ("input", "normalized_shape", "weight", "bias"),
+    "prelu": ("input", "weight"),
+}
+TENSORS = ("weight", "bias", "running_mean", "running_var")
+
+
+@rule(nn.Linear)
+def linear(follower: Follower, call: Call) -> Tensor:
+    """Reads its input's last dimension, and makes its output's."""
+    dim = call.value.ndim - 1
+    follower.read(call, follower.slots(call, 1, "weight"), dim, {"in_features": 1})
+    return follower.produce(call, follower.slots(call, 0, "weight", "bias"), dim, {"out_features": 1})
+
+
+@rule(*CONVOLUTIONS, *TRANSPOSED)
+def convolution(follower: Follower, call: Call) -> Tensor:
+    """Whole, grouped or depthwise."""
+    layer, transposed = call.layer, isinstance(call.layer, TRANSPOSED)
+    dim = call.value.ndim - layer.weight.ndim + 1
+    narrowed = follower.slots(call, 0, "weight")[0][0] in follower.given  # down to one channel a group
+    depthwise = layer.groups == layer.in_channels and not narrowed
+    repeats = layer.out_channels // layer.in_channels
+    if layer.groups > 1 and transposed and (repeats > 1 or not depthwise):
+        return follower.stop(call, "a grouped transposed convolution reads it")
+    if layer.groups > 1 and depthwise:
+        counts = {"out_channels": 1, "in_channels": repeats, "groups": repeats}
+        role = f"{call.name} filters each channel on its own"
+        return follower.pass_through(call, follower.slots(call, 0, "weight", "bias"), dim, counts, role, repeats)
+    rows, columns = (1, 0) if transposed else (0, 1)
+    follower.read(call, follower.slots(call, columns, "weight"), dim, {"in_channels": 1}, layer.groups)
+    slots = follower.slots(call, rows, "weight", "bias")
+    return follower.produce(call, slots, dim, {"out_channels": 1}, layer.groups)
+
+
+@rule(nn.PReLU)
+def prelu(follower: Follower, call: Call) -> Tensor:
+    """A slope for all, or one for each channel."""
+    if call.layer.num_parameters == 1:
+        follower.roles[call.node] = "scale"
+        return call.source
+    role = f"{call.name} has a slope for each channel"
+    return follower.pass_through(call, follower.slots(call, 0, "weight"), 1, {"num_parameters": 1}, role)
+
+
+@rule(*CHANNEL_NORMS)
+def channel_norm(follower: Follower, call: Call) -> Tensor:
+    """Each channel for itself."""
+    role = "norm" if isinstance(call.layer, BATCH_NORMS) else f"{call.name} normalises each image"
+    return follower.pass_through(call, follower.slots(call, 0, *TENSORS), 1, {"num_features": 1}, role)
+
+
+@rule(nn.GroupNorm)
+def group_norm(follower: Follower, call: Call) -> Tensor:
+    """Channels of a group together, or each for itself if there are as many groups."""
+    layer, counts = call.layer, {"num_channels": 1}
+    alone = layer.num_groups == layer.num_channels
+    if alone:
+        counts["num_groups"] = 1
+    slots = follower.slots(call, 0, *TENSORS)
+    followed = follower.pass_through(call, slots, 1, counts, f"{call.name} mixes channels")
+    if layer.num_groups > 1 and not alone:
+        follower.quota(along(call.source, 1), layer.num_groups)
+    return followed
+
+
+@rule(nn.LayerNorm, nn.RMSNorm)
+def layer_norm(follower: Follower, call: Call) -> Any:
+    """Over the last dimension, or over the channels in a subclass that moves them there."""
+    shape, dims = call.layer.normalized_shape, varying(call.source)
+    if len(shape) == 1 and len(dims) == 1 and call.value.shape[dims[0]] == shape[0]:
+        slots = follower.slots(call, 0, *TENSORS)
+        return follower.pass_through(call, slots, dims[0], {"normalized_shape": 1}, f"{call.name} mixes channels")
+    return follower.stop(call, f"{call.name} normalises over several dimensions") if dims else call.source
+
+
+@rule("multiheadattention")
+def multi_head_attention(follower: Follower, call: Call) -> Any:
+    """`nn.MultiheadAttention` ties its inner width to its input's.
+
+    So that both shrink by equally much, each run of `head_dim` input channels is one with the head at its place.
+    """
+    layer, name = call.layer, call.name
+    options = dict(zip(("query", "key", "value"), call.origins[0], strict=False)) | call.origins[1]
+    inputs = [options[label] for label in ("query", "key", "value")]
+    plain = layer.in_proj_weight is not None and layer.bias_k is None
+    if not plain or any(varying(source) not in ([], [2]) for source in inputs):
+        for source in inputs:
+            follower.freeze(source, f"{name}: nn.MultiheadAttention ties its inner width to embed_dim")
+        return nobody(call.value)
+    own = {label: follower.name_of(tensor, f"{name}.{label}") for label, tensor in layer.named_parameters()}
+    for source in inputs[1:]:
+        follower.tie(inputs[0], source, f"{name} reads them together")
+    reads = along(inputs[0], 2)
+    heads = reads.view(layer.num_heads, layer.head_dim)
+    follower.tie(heads, heads[:, :1].expand_as(heads), f"{name} has whole heads")
+    inner = heads[:, :1].expand_as(heads).reshape(-1)
+    follower.see(call, Member(name, "columns", [(own["in_proj_weight"], 1)], {}, reads))
+    counts = {"embed_dim": 1, "kdim": 1, "vdim": 1, "num_heads": layer.head_dim}
+    follower.see(call, Member(name, "channels", [], counts, inner))
+    stacked = [(own[label], 0) for label in ("in_proj_weight", "in_proj_bias") if label in own]
+    follower.see(call, Member(f"{name}.in_proj", "channels", stacked, {}, inner.repeat(3)))
+    out = replace(call, name=f"{name}.out_proj", value=call.value[0])
+    follower.see(out, Member(out.name, "columns", [(own["out_proj.weight"], 1)], {"in_features": 1}, inner))
+    rows = [(own[label], 0) for label in ("out_proj.weight", "out_proj.bias") if label in own]
+    return (follower.produce(out, rows, 2, {"out_features": 1}), nobody(call.value[1]))
+
+
+@rule(*FUNCTIONAL)
+def functional(follower: Follower, call: Call) -> Any:
+    """`torch.nn.functional`'s layers."""
+    node, operation = call.node, call.operation
+    if node.op != "call_function":
+        return None
+    labels = FUNCTIONAL[operation]
+    given = dict(zip(labels, call.args, strict=False)) | call.kwargs
+    nodes = dict(zip(labels, node.args, strict=False)) | dict(node.kwargs)
+    call = replace(call, source=follower.origins[nodes["input"]])
+    tensors = {}
+    for label in TENSORS:
+        argument = nodes.get(label)
+        if isinstance(argument, fx.Node):
+            if argument.op != "get_attr":
+                return follower.stop(call, f"{operation} with a computed {label}{where(node)}")
+            tensors[label] = follower.name_of(given[label], argument.target)
+    call = replace(call, name=tensors["weight"].removesuffix(".weight") if "weight" in tensors else node.name)
+    if operation == "linear" or (tensors and operation.startswith("conv")):
+        return _functional_product(follower, call, tensors, given)
+    dims = varying(call.source)
+    if not tensors:
+        follower.roles[node] = f"{operation} mixes channels" if operation == "layernorm" else "scale"
+        if operation == "batchnorm" or not dims:
+            return call.source
+        return follower.stop(call, f"{operation} without parameters{where(node)}")
+    if len(dims) > 1:
+        return follower.stop(call, f"{operation} over several dimensions{where(node)}")
+    return _functional_channels(follower, call, tensors, dims[0]) if dims else call.source
+
+
+def _functional_product(follower: Follower, call: Call, tensors: dict[str, str], given: dict[str, Any]) -> Any:
+    """`linear` and the convolutions."""
+    dim = call.value.ndim - 1
+    if call.operation != "linear":
+        dim = call.value.ndim - given["weight"].ndim + 1
+        if given.get("groups", 1) > 1:
+            return follower.stop(call, f"a functional grouped convolution{where(call.node)}")
+    follower.read(call, [(tensors["weight"], 1)], dim)
+    return follower.produce(call, [(name, 0) for name in tensors.values()], dim)
+
+
+def _functional_channels(follower: Follower, call: Call, tensors: dict[str, str], dim: int) -> Any:
+    """Norms and `prelu`, along the one dimension of channels."""
+    counts, name = {}, call.name
+    if call.operation == "layernorm":
+        if not hasattr(follower.module_named(name), "normalized_shape"):
+            return follower.stop(call, f"layer_norm carries its size as a number{where(call.node)}")
+        counts, role = {"normalized_shape": 1}, f"{name} mixes channels"
+    elif call.operation == "batchnorm":
+        role = f"{name} is a functional batch norm"
+    elif call.argument("weight", 1).numel() == 1:
+        follower.roles[call.node] = "scale"
+        return call.source
+    else:
+        role = f"{name} has a slope for each channel"
+    return follower.pass_through(call, [(each, 0) for each in tensors.values()], dim, counts, role)

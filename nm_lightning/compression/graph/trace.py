@@ -1,0 +1,132 @@
+"""Find the sites of a network: the sets of hidden neurons that can shrink together."""
+
+import copy
+import traceback
+
+import torch
+from torch import Tensor, nn
+
+from nm_lightning.compression.graph.collect import collect
+from nm_lightning.compression.graph.follow import Follower
+from nm_lightning.compression.graph.neurons import Facts, owned
+from nm_lightning.compression.graph.tracer import ours, torchs
+from nm_lightning.compression.graph.trial import first_line, try_out
+from nm_lightning.compression.structure.copies import without_data
+from nm_lightning.compression.structure.sites import Trace
+from nm_lightning.errors import InputError
+
+SCOPES = ("hidden", "all")
+
+
+def trace(model: nn.Module, example_input: Tensor, scope: str = "hidden") -> Trace:
+    """Find every site of a network.
+
+    Args:
+        model: any network that `torch.fx` can trace; its weights are only read.
+        example_input: a batch that `model` accepts; only its shape and dtype matter.
+        scope: `hidden` for neurons inside a block, `all` for residual streams too.
+
+    Returns:
+        The sites, and the layers that can't be compressed with the reason why.
+
+    Raises:
+        InputError: the network can't be traced, or does not accept the example.
+
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> [(site.name, site.width, [c.name for c in site.consumers]) for site in trace(net, torch.zeros(1, 4)).sites]
+    [('0', 8, ['2'])]
+    """
+    if scope not in SCOPES:
+        raise InputError(f"unknown scope {scope!r}: choose from {', '.join(SCOPES)}")
+    facts = Facts()
+    try:
+        hollow = without_data(model).eval()
+        example = _like(example_input[:1], hollow)
+        followers = [_follow(hollow, example, facts)]
+    except InputError:  # a tensor that is no buffer stays where it is, and does not meet the meta device
+        hollow, facts = copy.deepcopy(model).eval(), Facts()
+        example = _like(example_input[:1], hollow)
+        followers = [_follow(hollow, example, facts)]
+    seen = {tensor for member in facts.members.values() for tensor, _ in member.slots}
+    if any(name not in seen for name, _ in hollow.named_parameters()):  # auxiliary heads exist only in training
+        try:
+            more = facts.copy()
+            followers.append(_follow(hollow.train(), example.expand(2, *example.shape[1:]), more))
+            facts = more
+        except InputError:
+            pass  # the network as it is evaluated is known
+        hollow.eval()
+    _check_own_forwards(model, facts)
+    for member in facts.members.values():
+        read = [tensor for tensor, _ in member.slots if tensor in facts.bare - facts.parameters]
+        if read:
+            facts.frozen.append((owned(member.owner), f"{read[0]} is also read outside its layer"))
+    found = collect(facts, followers)
+    try_out(model, hollow, example, facts, found)
+    if scope == "hidden":
+        _leave_coupled(found)
+    return found
+
+
+def _like(example: Tensor, model: nn.Module) -> Tensor:
+    """The example on the network's device, and in its dtype if it is a floating-point one."""
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
+    if parameter is None:
+        return example
+    return example.to(parameter.device, parameter.dtype if example.is_floating_point() else None)
+
+
+def _follow(hollow: nn.Module, example: Tensor, facts: Facts) -> Follower:
+    try:
+        follower = Follower(hollow, facts)
+    except Exception as error:  # fx raises whatever the user's forward raises on symbolic values
+        raise InputError(
+            f"{type(hollow).__name__} can't be traced by torch.fx: {first_line(error)}{_users_line(error)}"
+        ) from error
+    with torch.no_grad():
+        try:
+            follower.run(example)
+        except Exception as error:  # whatever the user's forward raises
+            raise InputError(
+                f"{type(hollow).__name__} rejects an input of shape {tuple(example.shape)}: {first_line(error)}"
+            ) from error
+    return follower
+
+
+def _users_line(error: Exception) -> str:
+    """Where in the user's code an error arose."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not torchs(f.filename) and not ours(f.filename)]
+    return f" ({frames[-1].filename.rpartition('/')[2]}, line {frames[-1].lineno}: {frames[-1].line})" if frames else ""
+
+
+def _check_own_forwards(model: nn.Module, facts: Facts) -> None:
+    """Freeze what a subclass reads whose forward is not linear in its weight, as one that standardises it."""
+    for name, shape in facts.shapes.items():
+        member = facts.members[name, "columns"]
+        layer = copy.deepcopy(model.get_submodule(name)).eval()
+        weight, dim = layer.weight.data, member.slots[0][1]
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randn(shape, generator=generator).to(weight.device, weight.dtype)
+        shape = [-1 if position == dim else 1 for position in range(weight.ndim)]
+        half = (torch.arange(weight.shape[dim], device=weight.device) % 2).view(shape)
+        with torch.no_grad():
+            whole = layer(images)
+            parts = []
+            for mask in (half, 1 - half, 0 * half):
+                layer.weight.data = weight * mask
+                parts.append(layer(images))
+        gap = (parts[0] + parts[1] - parts[2] - whole).abs().max()
+        if not gap <= 1e-3 * whole.abs().max():
+            reason = f"{name} ({type(layer).__name__}) has a forward that is not linear in its weight"
+            facts.frozen.append((owned(member.owner), reason))
+
+
+def _leave_coupled(found: Trace) -> None:
+    """Sites along residual streams are not within the scope `hidden`."""
+    for site in [site for site in found.sites if site.coupled]:
+        names = [member.name for member in site.producers]
+        for name in names:
+            others = [other for other in names if other != name]
+            listed = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
+            found.skipped[name] = f"added to the neurons of {listed or name}: --scope all shrinks them"
+        found.sites.remove(site)

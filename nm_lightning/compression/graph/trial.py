@@ -1,0 +1,108 @@
+"""Every site is tried out: a network narrowed at all of them must run, and its layers read the neurons meant for them.
+
+It is a copy without data. A site that fails is left alone, with the reason.
+"""
+
+import copy
+
+import torch
+from torch import Tensor, fx, nn
+
+from nm_lightning.compression.graph.collect import components, tied_pairs
+from nm_lightning.compression.graph.follow import Follower
+from nm_lightning.compression.graph.neurons import Facts, neurons_in, owned
+from nm_lightning.compression.structure.copies import without_data
+from nm_lightning.compression.structure.plan import apply_plan, plan_sites
+from nm_lightning.compression.structure.sites import Site, Trace
+
+
+def try_out(model: nn.Module, narrow: nn.Module, example: Tensor, facts: Facts, found: Trace) -> None:
+    """Narrow a copy of the model at all sites and follow it again; sites where it goes wrong move to `skipped`.
+
+    Args:
+        model: the network.
+        narrow: a copy in evaluation mode, which is narrowed.
+        example: what it reads.
+        facts: what following it told.
+        found: the sites.
+    """
+    generator = torch.Generator().manual_seed(0)
+    same = components(facts.total + 1, tied_pairs(facts))
+    while found.sites:
+        keeps = {site.name: _some(site, generator) for site in found.sites}
+        apply_plan(narrow, plan_sites(found.sites, keeps))
+        faults = _faults(narrow, example, facts, same, *_survivors(facts, found.sites, keeps))
+        if not faults:
+            return
+        for number in sorted(faults, reverse=True):
+            site = found.sites.pop(number)
+            found.skipped |= {member.name: faults[number] for member in site.producers}
+        narrow = (without_data(model) if example.is_meta else copy.deepcopy(model)).eval()
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message; its class, if there is none."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def _survivors(facts: Facts, sites: list[Site], keeps: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """For each neuron of the network, and nobody at the end: whether it stays, and the number of its site."""
+    stays = torch.ones(facts.total + 1, dtype=torch.bool)
+    home = torch.full((facts.total + 1,), -1)
+    for number, site in enumerate(sites):
+        for member in [*site.producers, *site.passed]:
+            block = facts.blocks.get(member.slots[0][0]) if member.slots else None
+            if block is not None:
+                home[block] = number
+                stays[block] = member.stays(keeps[site.name])
+    return stays, home
+
+
+def _faults(
+    narrow: nn.Module, example: Tensor, facts: Facts, same: Tensor, stays: Tensor, home: Tensor
+) -> dict[int, str]:
+    """The numbers of the sites where the narrow network goes wrong, each with what is wrong."""
+    given = {key: block[stays[block]] for key, block in facts.blocks.items()}
+    seen, follower = Facts(), None
+    try:
+        follower = Follower(narrow, seen, given)
+        with torch.no_grad():
+            follower.run(example)
+    except Exception as error:  # whatever the user's forward does where its numbers no longer fit
+        nodes = follower.graph.nodes if follower else []
+        failed = next((node for node in nodes if node not in follower.origins), None)
+        touched = home if failed is None else home[owned(_neurons_behind(follower, failed))]
+        faults = {number: f"a narrower network fails at {failed}: {first_line(error)}" for number in _sites(touched)}
+        return faults or dict.fromkeys(_sites(home), f"a narrower network fails: {first_line(error)}")
+    faults = {}
+    for key, member in facts.members.items():
+        if key in seen.members and member.kind != "rows":
+            before, after = member.owner, seen.members[key].owner
+            if not torch.equal(same[before[stays[before]]], same[after]):
+                faults |= dict.fromkeys(_sites(home[owned(before)]), f"{member.name} would read other neurons")
+    return faults
+
+
+def _sites(home: Tensor) -> list[int]:
+    """The sites among the homes of neurons."""
+    return owned(home.unique()).tolist()
+
+
+def _neurons_behind(follower: Follower, node: fx.Node) -> Tensor:
+    """The neurons that a node's arguments carry, or whose number they are: a size comes from the tensor it measures."""
+    found, pending, seen = [torch.empty(0, dtype=torch.long)], list(node.all_input_nodes), set()
+    while pending:
+        source = pending.pop()
+        if source not in seen:
+            seen.add(source)
+            found.append(neurons_in(follower.origins.get(source)))
+            pending += [] if len(found[-1]) else source.all_input_nodes
+    return torch.cat(found).unique()
+
+
+def _some(site: Site, generator: torch.Generator) -> Tensor:
+    """A random share of each cell, never the same for all sites, so that no two fit by chance."""
+    size = site.width // site.step
+    scores, share = torch.rand(site.width, generator=generator), torch.rand(1, generator=generator).item()
+    return site.survivors(scores, site.step * min(size - 1, max(1, round(size * (0.25 + 0.6 * share)))))

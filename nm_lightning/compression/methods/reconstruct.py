@@ -1,0 +1,218 @@
+"""Reconstruct: least squares for each layer behind a removed neuron, so that it says again what the original's says.
+
+Layer by layer, in the order of execution: what the layer reads in the already compressed network is regressed on what
+its output lacks of the original's, and the coefficients are added to its weight and bias. The lack is measured where
+the output joins another stream (after its BatchNorm, at the end of a residual block), so that each block also repairs
+what those before it lost; and behind a ReLU only what passes it counts. No labels, no gradient.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from nm_lightning.compression.graph import Tracer
+from nm_lightning.compression.methods.channel import by_channel
+from nm_lightning.compression.settings import Method, choice, number, setting
+from nm_lightning.compression.statistics.joins import Join, find_join, rectified_gap
+from nm_lightning.compression.statistics.patches import correlate, factorise, read_patches
+from nm_lightning.compression.statistics.ranks import ALONE, Ranks
+from nm_lightning.compression.statistics.runs import Run, narrow_norms, shapes_of, used_again, without_in_place
+from nm_lightning.compression.statistics.subject import Subject
+from nm_lightning.compression.structure.columns import add_columns, add_constant, silence
+from nm_lightning.compression.structure.copies import evaluated
+from nm_lightning.compression.structure.decomposition import Decomposition
+from nm_lightning.compression.structure.operations import SOLVABLE
+from nm_lightning.compression.structure.plan import named_tensors
+from nm_lightning.compression.structure.sites import Site
+from nm_lightning.progress import progress
+
+DEAD = 1e-4  # an output that its norm scales by less than this share of the largest is left alone
+
+
+@dataclass(frozen=True)
+class Reconstruct(Method):
+    """Solves the layers behind by least squares on calibration images."""
+
+    name = "reconstruct"
+    looks = True
+    ridge: float = setting(1e-3, "of the least squares of reconstruct, as a share of the mean diagonal", number(0))
+    reconstruction: str = setting(
+        "layer",
+        "layer: each layer for itself; channel: one map for each site, as GRAIL does",
+        choice("layer", "channel"),
+    )
+
+    def decompose(self, subject: Subject, keeps: Mapping[str, Tensor]) -> Decomposition:
+        """The consumers' weights, solved in a copy, and biases where a constant finds no other place."""
+        if self.reconstruction == "channel":
+            return by_channel(subject, keeps, self.ridge, self.name)
+        found = Decomposition.pruned(subject.sites, keeps, self.name)
+        shrinking = found.shrinking(subject.sites)
+        original = evaluated(subject.model)
+        solved = copy.deepcopy(original)
+        sites = [site for site, _, _ in shrinking]
+        errors, refused = reconstruct(original, solved, sites, keeps, subject.batches, self.ridge, ranks=subject.ranks)
+        for site, row, _ in shrinking:
+            names = [consumer.name for consumer in site.consumers]
+            row.error = max((errors[name] for name in names if name in errors), default=None)
+            row.note = next((f"pruned, not reconstructed: {refused[name]}" for name in names if name in refused), "")
+        before = named_tensors(original)
+        for name, value in named_tensors(solved).items():
+            if name not in before:
+                found.biases[name.removesuffix(".bias")] = value.detach()
+            elif not torch.equal(value, before[name]):
+                found.tensors[name] = value.detach()
+        return found
+
+
+@dataclass
+class Task:
+    """A layer to solve.
+
+    Attributes:
+        node: its call in the graph.
+        layer: its name.
+        stays: `(columns,)`, whether each of the weight's columns, counted over all groups, is read.
+    """
+
+    node: fx.Node
+    layer: str
+    stays: Tensor
+
+
+@torch.no_grad()
+def reconstruct(
+    original: nn.Module,
+    wide: nn.Module,
+    sites: Sequence[Site],
+    keeps: Mapping[str, Tensor],
+    batches: Sequence[Tensor],
+    ridge: float = 1e-3,
+    rectify: int = 2,
+    ranks: Ranks = ALONE,
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Solve all layers behind the removed neurons.
+
+    Args:
+        original: the network as it was; it is only read.
+        wide: a copy of it, still at its full width; the removed neurons' columns become zero, the others are solved,
+            in place. A layer without a bias and without a BatchNorm behind it gets a bias.
+        sites: the sites that shrink.
+        keeps: by site, the survivors `(k,)`.
+        batches: images `(N, ...)` as the network reads them.
+        ridge: what is added to the diagonal of each layer's Gram matrix, as a share of the diagonal's mean.
+        rectify: rounds of least squares in which an output below a ReLU's threshold may stay below it.
+        ranks: that each have a share of the images.
+
+    Returns:
+        By layer, the share of the original output's energy that is still missing; and by layer the reason why it
+        could not be solved and is pruned instead.
+    """
+    graph = Tracer().trace(original)
+    names = {node.name: node for node in graph.nodes}
+    again = used_again(graph, original)
+    columns, refused = {}, {}
+    for site in sites:
+        for consumer in site.consumers:
+            stays = consumer.stays(keeps[site.name])
+            silence(wide, consumer, stays)
+            node = names.get(consumer.node)
+            layer = original.get_submodule(node.target) if node is not None and node.op == "call_module" else None
+            if not isinstance(layer, SOLVABLE) or node.target != consumer.name:
+                refused[consumer.name] = f"{consumer.name} is no Linear or convolution of its own"
+            elif consumer.name in again:
+                refused[consumer.name] = f"{consumer.name} or its weight is used several times"
+            else:
+                columns[consumer.name] = columns.get(consumer.name, True) & stays
+    tasks = find_tasks(graph, original, columns, refused, again)
+    constants = [node.target for node in graph.nodes if node.op == "get_attr" and "." not in node.target]
+    constants = [name for name in constants if not hasattr(wide, name)]  # fx hangs tensors of the forward's code there
+    for name in constants:
+        setattr(wide, name, getattr(original, name))
+    switched = without_in_place(graph, original, wide)
+    wanted, found = Run(original, graph, batches), Run(wide, graph, batches)
+    found.norms = narrow_norms(original, sites, keeps)
+    shapes = shapes_of(Run(original, graph, [batches[0][:2]]))
+    pending = {task.node for task in tasks}
+    errors = {}
+    for task in progress(tasks, "reconstructing"):
+        pending.discard(task.node)
+        join = find_join(task.node, original, pending, shapes, again)
+        errors[task.layer] = solve_layer(task, join, wide, wanted, found, ridge, rectify, ranks)
+    for module in switched:
+        module.inplace = True
+    for name in constants:
+        delattr(wide, name)
+    return errors, refused
+
+
+def find_tasks(
+    graph: fx.Graph,
+    model: nn.Module,
+    columns: Mapping[str, Tensor],
+    refused: Mapping[str, str],
+    again: Set[str],
+) -> list[Task]:
+    """The layers to solve, in the order of execution: those that lost columns, and all that read what they changed."""
+    tasks, changed = [], set()
+    for node in graph.nodes:
+        if any(source in changed for source in node.all_input_nodes):
+            changed.add(node)
+        layer = model.get_submodule(node.target) if node.op == "call_module" else None
+        stays = columns.get(node.target) if layer is not None else None
+        narrowed = stays is not None and not bool(stays.all())
+        if narrowed or (layer is not None and node.target in refused):
+            changed.add(node)
+        if isinstance(layer, SOLVABLE) and node in changed and node.target not in again:
+            groups = getattr(layer, "groups", 1)
+            width = layer.weight.shape[1] * groups
+            if narrowed or (groups == 1 and node.target not in refused):
+                every = torch.ones(width, dtype=torch.bool)
+                tasks.append(Task(node, node.target, every if stays is None else stays))
+    return tasks
+
+
+def solve_layer(
+    task: Task, join: Join, wide: nn.Module, wanted: Run, found: Run, ridge: float, rectify: int, ranks: Ranks = ALONE
+) -> float:
+    """Regress the gap at the join on what the layer reads, and add the coefficients to its weight; the share left."""
+    layer = wide.get_submodule(task.layer)
+    groups, out = getattr(layer, "groups", 1), layer.weight.shape[0]
+    scale = layer.weight.new_ones(out) if join.scale is None else join.scale
+    alive = scale.abs() > DEAD * scale.abs().max()
+    source = task.node.all_input_nodes[0]
+    gram, share = None, 0.0
+    for step in range(1 + (rectify if join.limit is not None else 0)):
+        cross, missing, energy, fresh = 0.0, 0.0, 0.0, 0.0
+        for _, env in zip(wanted.states(task.node), found.states(task.node), strict=True):
+            target = wanted.value(join.end)
+            found.env = dict(env)  # what lies behind the layer changes with it
+            value = found.value(join.end)
+            gap = rectified_gap(target, value, join.limit) if step else target - value
+            cross += correlate(layer, env[source], gap, task.stays).double()
+            if step == 0:
+                patches = read_patches(layer, env[source], task.stays, groups)
+                fresh += (patches.transpose(1, 2) @ patches).double()
+                missing += gap.square().sum(dtype=torch.float64)
+                energy += target.square().sum(dtype=torch.float64)
+        (cross,) = ranks.total(cross)
+        if step == 0:
+            gram, missing, energy = ranks.total(fresh, missing, energy)
+            total = torch.zeros_like(cross)
+            penalty = ridge * gram.diagonal(dim1=1, dim2=2)[:, :-1].mean()
+            penalty = torch.full((gram.shape[1],), float(penalty), dtype=gram.dtype, device=gram.device)
+            penalty[-1] = 0
+            factor = factorise(gram, penalty)
+        change = torch.cholesky_solve(cross - penalty[:, None] * total, factor)
+        total = total + change
+        if step == 0:
+            gained = 2 * (change * cross).sum() - (change * (gram @ change)).sum()
+            share = float(((missing - gained) / energy.clamp(min=1e-30)).clamp(min=0))
+        change = change.transpose(1, 2).reshape(out, -1)  # (out, taps * kept + 1)
+        change = torch.where(alive[:, None], change / scale[:, None], 0.0).to(layer.weight.dtype)
+        add_columns(layer.weight, task.stays.to(layer.weight.device), change[:, :-1], groups)
+        add_constant(layer, wide.get_submodule(join.norm) if join.norm else None, change[:, -1])
+    return share

@@ -1,0 +1,434 @@
+"""Refit: what makes the neurons is fitted together with what reads them, so that a block says again what it said.
+
+`reconstruct` solves the layers behind the removed neurons; those in front, which make the survivors, stay as they were
+trained. Here a whole site is fitted by Gauss-Newton: its producers, the layers on the way and its consumers, against
+the original's values where the consumers' outputs join other streams. Each round is a linear least-squares problem in
+all of their parameters, solved by conjugate gradients with each layer's Gram matrix as preconditioner (the input
+factor of K-FAC, Martens and Grosse, ICML 2015). It needs derivatives of a block's outputs, but no labels, no rate and
+no epochs. An approximation: few steps of conjugate gradients, site by site.
+"""
+
+import copy
+import itertools
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from nm_lightning.compression.graph import Tracer
+from nm_lightning.compression.report import Report
+from nm_lightning.compression.settings import Refinement, setting, whole
+from nm_lightning.compression.statistics.joins import find_join, rectified_gap
+from nm_lightning.compression.statistics.patches import as_columns, factorise, read_patches
+from nm_lightning.compression.statistics.ranks import ALONE, Ranks
+from nm_lightning.compression.statistics.runs import MEMORY, Run, shapes_of, used_again, without_in_place
+from nm_lightning.compression.statistics.subject import Subject
+from nm_lightning.compression.structure.copies import evaluated, plain_copy
+from nm_lightning.compression.structure.operations import CONVOLUTIONS, SOLVABLE
+from nm_lightning.compression.structure.plan import Plan
+from nm_lightning.compression.structure.sites import Site
+from nm_lightning.progress import progress
+
+ITERATIONS = 6  # of conjugate gradients in a round
+DAMPING = 0.1  # as a share of the mean curvature of each tensor
+STEPS = (1.0, 0.5, 0.25)  # of a round's solution that are tried
+ENOUGH = 128  # values at the ends for each free parameter; further images are not looked at,
+FEWEST = 256  # but so many always are
+WIDEST = 8192  # columns of a layer whose Gram matrix is worth its factors
+TINY = 1e-30
+
+Vector = dict[str, Tensor]  # by parameter, in float64
+
+
+@dataclass(frozen=True)
+class Refit(Refinement):
+    """Fits each site's layers together to the original."""
+
+    name, turn = "refit", 1
+    rounds: int = setting(
+        1,
+        "rounds of least squares for each site's layers together, after any method, no labels; 2 to 4 help",
+        whole(0, "rounds"),
+        flag="refit",
+        off=0,
+    )
+
+    def refine(self, subject: Subject, narrow: nn.Module, plan: Plan, report: Report) -> dict[str, Tensor]:
+        """The fitted parameters; the sites' errors and what was left alone go to the report."""
+        original, _ = plain_copy(subject.model)
+        shrunk = [site for site in subject.sites if report.widths[site.name] < site.width]
+        values, errors, refused = refit(original, narrow, shrunk, plan, subject.batches, self.rounds, subject.ranks)
+        for row in report.sites:
+            row.error = errors.get(row.name, row.error)
+        report.remarks += [f"{name}: not refit together: {reason}" for name, reason in refused.items()]
+        return values
+
+
+@dataclass
+class End:
+    """Where a consumer's output is compared with the original's.
+
+    Attributes:
+        node: in the narrow network's graph.
+        original: the same node in the original's.
+        axis: the channels' dimension.
+        stays: `(k,)`, the original's channels that the narrow network still has; None for all.
+        limit: the value above which a rectifier cuts what it reads there, infinite for ReLU; None without one.
+    """
+
+    node: fx.Node
+    original: fx.Node
+    axis: int
+    stays: Tensor | None
+    limit: float | None
+
+
+@torch.no_grad()
+def refit(
+    original: nn.Module,
+    narrow: nn.Module,
+    sites: Sequence[Site],
+    plan: Plan,
+    batches: Sequence[Tensor],
+    rounds: int = 1,
+    ranks: Ranks = ALONE,
+) -> tuple[dict[str, Tensor], dict[str, float], dict[str, str]]:
+    """Fit each site's layers to the original, in the order of execution.
+
+    Args:
+        original: the network as it was; it is only read.
+        narrow: the compressed network, by whatever method; it is only read.
+        sites: those that shrank.
+        plan: what stayed.
+        batches: images `(N, ...)` as the network reads them.
+        rounds: of Gauss-Newton at each site.
+        ranks: that each have a share of the images.
+
+    Returns:
+        The narrow network's parameters by name; by site, the share of the original's energy at its ends that is still
+        missing, where what a rectifier cuts off does not count; and by site the reason why it was left as it is.
+    """
+    original, fitted = evaluated(original), copy.deepcopy(evaluated(narrow))
+    graphs = [Tracer().trace(network) for network in (original, fitted)]
+    names = [{node.name for node in graph.nodes} for graph in graphs]
+    if names[0] != names[1]:
+        return {}, {}, {site.name: "the narrow network's graph differs from the original's" for site in sites}
+    for graph, network in zip(graphs, (original, fitted), strict=True):
+        without_in_place(graph, network)
+    wanted, found = (Run(network, graph, batches) for network, graph in zip((original, fitted), graphs, strict=True))
+    windows, refused = find_windows(sites, plan, wanted, found, ranks.first(len(batches[0])))
+    errors = {}
+    for name, window in progress(windows, "refitting"):
+        errors[name] = window.solve(rounds, ranks)
+    errors = {site.name: errors[site.name] for site in sites if site.name not in refused}
+    return dict(fitted.named_parameters()), errors, refused
+
+
+def find_windows(
+    sites: Sequence[Site], plan: Plan, wanted: Run, found: Run, length: int
+) -> tuple[list[tuple[str, "Window"]], dict[str, str]]:
+    """The problems by name, in the order of execution: a site's layers, and each layer alone that reads what they make.
+
+    Also returned are the sites that are left alone, with the reason. `length` is that of a full batch.
+    """
+    network = found.module
+    names = {node.name: node for node in found.nodes}
+    originals = {node.name: node for node in wanted.nodes}
+    small = Run(network, found.graph, [found.batches[0][:2]])
+    shapes = shapes_of(small)
+    called = {node.target for node in found.nodes if node.op == "call_module"}
+    again = used_again(found.graph, network)
+
+    def window(start: fx.Node, readers: Sequence[fx.Node], layers: Iterable[str]) -> Window:
+        ends = {}
+        for node in readers:
+            join = find_join(node, network, set(), shapes, again)
+            rows = [stays for dim, _, stays in plan["slices"].get(f"{node.target}.weight", []) if dim == 0]
+            stays = torch.tensor(rows[0], device=found.batches[0].device) if rows else None
+            axis = 1 if isinstance(network.get_submodule(node.target), CONVOLUTIONS) else -1
+            ends[join.end] = End(join.end, originals[join.end.name], axis, stays, join.limit)
+        free = {name: network.get_submodule(name) for name in layers}
+        parameters = sum(own.numel() for layer in free.values() for own in layer.parameters(recurse=False))
+        images = max(FEWEST, ENOUGH * parameters // sum(shapes[end][1:].numel() for end in ends))
+        return Window(wanted, found, start, originals[start.name], list(ends.values()), free, -(-images // length))
+
+    windows, refused = {}, {}
+    for site in sites:
+        layers = dict.fromkeys(member.name for member in (*site.producers, *site.passed, *site.consumers))
+        layers = [name for name in layers if name in called]
+        repeated = next((name for name in layers if name in again), None)
+        consumers = [own for own in site.consumers if own.node in names or own.name in called]  # others only train
+        readers = [names.get(consumer.node) for consumer in consumers]
+        makers = [node for node in found.nodes if node.target in {member.name for member in site.producers}]
+        if site.coupled:
+            refused[site.name] = "its layers make a residual stream together"
+        elif not readers or not all(node is not None and solvable(node, network) for node in readers):
+            refused[site.name] = "a layer that reads it is no Linear or convolution of its own"
+        elif not makers:
+            refused[site.name] = "no layer of its own makes it"
+        elif repeated:
+            refused[site.name] = f"{repeated} or its weight is used several times"
+        else:
+            windows[site.name] = window(makers[0], readers, layers)
+            obstacle = windows[site.name].obstacle(small.env)
+            if obstacle:
+                refused[site.name] = obstacle
+                del windows[site.name]
+    fitted = {name for own in windows.values() for name in own.layers}
+    changed = set()
+    for node in found.nodes:
+        if node.target in fitted or any(source in changed for source in node.all_input_nodes):
+            changed.add(node)
+            if solvable(node, network) and node.target not in fitted | again:
+                alone = window(node, [node], [node.target])
+                if getattr(alone.layers[node.target], "groups", 1) == 1 and not alone.obstacle(small.env):
+                    windows[node.target] = alone
+    return sorted(windows.items(), key=lambda item: found.position[item[1].start]), refused
+
+
+def solvable(node: fx.Node, network: nn.Module) -> bool:
+    """Whether a node is the call of a Linear or convolution."""
+    return node.op == "call_module" and isinstance(network.get_submodule(node.target), SOLVABLE)
+
+
+class Window:
+    """A site's least-squares problem: the residuals at its ends as a function of its layers' parameters.
+
+    Args:
+        wanted: the original on its way.
+        found: the narrow network on its way.
+        start: the first layer's node.
+        behind: the same node of the original.
+        ends: where outputs are compared.
+        layers: whose parameters are free, by name.
+        count: batches to look at, over all ranks.
+
+    Attributes:
+        free: the parameters, by name.
+    """
+
+    def __init__(
+        self,
+        wanted: Run,
+        found: Run,
+        start: fx.Node,
+        behind: fx.Node,
+        ends: Sequence[End],
+        layers: Mapping[str, nn.Module],
+        count: int,
+    ):
+        self.wanted, self.found = wanted, found
+        self.start, self.behind, self.ends, self.layers, self.count = start, behind, ends, layers, count
+        self.free = {
+            f"{name}.{key}": parameter
+            for name, layer in layers.items()
+            for key, parameter in layer.named_parameters(recurse=False)
+        }
+        self.targets: dict[int, list[Tensor]] = {}
+        self.energies, self.ranks = [1.0] * len(ends), ALONE
+
+    def obstacle(self, env: Mapping[fx.Node, Any]) -> str:
+        """Why its values can't be differentiated, forward and backward; empty if they can. `env` is of a few images."""
+        env = {
+            node: value for node, value in env.items() if self.found.position[node] < self.found.position[self.start]
+        }
+        start = {name: parameter.detach() for name, parameter in self.free.items()}
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # of torch about itself, at the first use
+                values, _ = torch.func.jvp(lambda free: self.values(env, free), (start,), (start,))
+            torch.func.vjp(lambda free: self.values(env, free), start)[1](values)
+        except (NotImplementedError, RuntimeError) as error:
+            return f"it can't be differentiated: {str(error).partition(chr(10))[0]}"
+        return ""
+
+    def solve(self, rounds: int, ranks: Ranks = ALONE) -> float:
+        """Rounds of Gauss-Newton, until one does not lessen the loss, in place; the loss at the end."""
+        self.ranks = ranks
+        energies = torch.zeros(len(self.ends), dtype=torch.float64, device=self.found.batches[0].device)
+        for _, targets, _ in self.batches():
+            energies += torch.stack([target.square().sum(dtype=torch.float64) for target in targets])
+        (energies,) = self.ranks.total(energies)
+        self.energies = energies.clamp(min=max(1e-6 * float(energies.max()), TINY)).tolist()
+        best = self.loss({name: parameter.detach() for name, parameter in self.free.items()})
+        for _ in range(rounds):
+            before, best = best, self.step(best)
+            if best == before:
+                break
+        self.targets.clear()
+        return best
+
+    def step(self, best: float) -> float:
+        """One round, in place, if it lessens the loss, which is returned."""
+        start = {name: parameter.detach().clone() for name, parameter in self.free.items()}
+        residual, curvature, grams = self.survey(start)
+        damping = {name: DAMPING * float(value) for name, value in curvature.items()}
+        factors = {}
+        for name, gram in grams.items():
+            scale = curvature[f"{name}.weight"] / gram.diagonal(dim1=1, dim2=2).mean().clamp(min=TINY)
+            penalty = torch.full_like(gram[0, 0], damping[f"{name}.weight"])
+            factors[name] = factorise(gram * scale, penalty)
+        total = zeros(start)
+        ahead = self.precondition(residual, curvature, factors)
+        direction, gain = ahead, dot(residual, ahead)
+        for _ in range(ITERATIONS):
+            if not gain > 0:
+                break
+            image = add(self.product(start, direction), direction, damping)
+            length = gain / dot(direction, image)
+            total, residual = add(total, direction, length), add(residual, image, -length)
+            ahead = self.precondition(residual, curvature, factors)
+            gain, before = dot(residual, ahead), gain
+            direction = add(ahead, direction, gain / before)
+        for step in STEPS:
+            trial = {name: (value + step * total[name]).to(value.dtype) for name, value in start.items()}
+            loss = self.loss(trial)
+            if loss < best:
+                for name, parameter in self.free.items():
+                    parameter.copy_(trial[name])
+                return loss
+        return best
+
+    def survey(self, start: Mapping[str, Tensor]) -> tuple[Vector, Vector, dict[str, Tensor]]:
+        """One pass over the images at the present parameters.
+
+        Returns:
+            The loss's descent; by tensor the mean of the diagonal of the curvature, from random signs at the ends
+            (Hutchinson); and the Gram matrices `(groups, p, p)` of what each layer multiplies its weight with.
+        """
+        nodes = {node.target: node for node in self.found.nodes if node.target in self.layers}
+        layers = [(name, layer) for name, layer in self.layers.items() if isinstance(layer, SOLVABLE)]
+        readable = [name for name, layer in layers if layer.weight[0].numel() <= WIDEST]
+        descent, spread = zeros(start), zeros(start)
+        grams = {}
+        for name in readable:
+            layer, groups = self.layers[name], getattr(self.layers[name], "groups", 1)
+            size = layer.weight[0].numel() + (layer.bias is not None)
+            grams[name] = layer.weight.new_zeros(groups, size, size, dtype=torch.float64)
+        for number, targets, env in self.batches():
+            values, pull = torch.func.vjp(lambda free, env=env: self.values(env, free), start)
+            gaps, weights = self.gaps(targets, values)
+            generator = torch.Generator().manual_seed(number)
+            signs = [torch.randint(0, 2, gap.shape, generator=generator).to(gap) * 2 - 1 for gap in gaps]
+            accumulate(descent, pull(scaled(gaps, weights))[0])
+            accumulate(spread, pull(scaled(signs, [weight.sqrt() for weight in weights]))[0])
+            self.values(env, start)
+            for name in readable:
+                layer, groups = self.layers[name], len(grams[name])
+                every = torch.ones(layer.weight.shape[1] * groups, dtype=torch.bool)
+                patches = read_patches(layer, self.found.value(nodes[name].all_input_nodes[0]), every, groups)
+                patches = patches if layer.bias is not None else patches[..., :-1]
+                accumulate(grams, {name: patches.transpose(1, 2) @ patches})
+        for sums in (descent, spread, grams):
+            sums.update(zip(sums, self.ranks.total(*sums.values()), strict=True))
+        curvature = {name: value.square().mean().clamp(min=TINY) for name, value in spread.items()}
+        return descent, curvature, grams
+
+    def product(self, start: Mapping[str, Tensor], direction: Vector) -> Vector:
+        """The Gauss-Newton matrix times a direction: `J^T J d`, summed over all images."""
+        tangent = {name: value.to(start[name].dtype) for name, value in direction.items()}
+        found = zeros(start)
+        for _, targets, env in self.batches():
+            values, pull = torch.func.vjp(lambda free, env=env: self.values(env, free), start)
+            _, changes = torch.func.jvp(lambda free, env=env: self.values(env, free), (start,), (tangent,))
+            _, weights = self.gaps(targets, values)
+            accumulate(found, pull(scaled(changes, weights))[0])
+        return dict(zip(found, self.ranks.total(*found.values()), strict=True))
+
+    def loss(self, parameters: Mapping[str, Tensor]) -> float:
+        """The squared residuals' share of the targets' energy, in the mean over the ends."""
+        loss = torch.zeros((), dtype=torch.float64, device=self.found.batches[0].device)
+        for _, targets, env in self.batches():
+            gaps, weights = self.gaps(targets, self.values(env, parameters))
+            loss += sum((gap.square() * own).sum(dtype=torch.float64) for gap, own in zip(gaps, weights, strict=True))
+        return float(self.ranks.total(loss)[0]) / len(self.ends)
+
+    def precondition(self, vector: Vector, curvature: Vector, factors: Mapping[str, Tensor]) -> Vector:
+        """A vector divided by the curvature: layer by layer through its Gram matrix, other tensors by their mean."""
+        ahead = {name: value / ((1 + DAMPING) * curvature[name]) for name, value in vector.items()}
+        for name, factor in factors.items():
+            weight, bias = vector[f"{name}.weight"], vector.get(f"{name}.bias")
+            groups, columns = len(factor), weight.shape[1]
+            right = as_columns(weight, groups)
+            right = right if bias is None else torch.cat([right, bias.view(groups, 1, -1)], dim=1)
+            solved = torch.cholesky_solve(right, factor)  # (groups, taps * columns (+ 1), out / groups)
+            if bias is not None:
+                solved, ahead[f"{name}.bias"] = solved[:, :-1], solved[:, -1].reshape(bias.shape)
+            solved = solved.view(groups, -1, columns, len(weight) // groups).permute(0, 3, 2, 1)
+            ahead[f"{name}.weight"] = solved.reshape(weight.shape)
+        return ahead
+
+    def batches(self) -> Iterator[tuple[int, list[Tensor], dict[fx.Node, Any]]]:
+        """Each batch's number over all ranks, the original's values at the ends, the narrow network's at the start."""
+        used = 0
+        count = max(0, -(-(self.count - self.ranks.rank) // self.ranks.size))  # dealt in turn; a rank may have none
+        known = len(self.targets) == min(count, len(self.found.batches))
+        behind = itertools.repeat(None) if known else self.wanted.states(self.behind, count)
+        states = zip(behind, self.found.states(self.start, count), strict=not known)
+        for index, (_, env) in enumerate(states):
+            targets = self.targets.get(index)
+            if targets is None:
+                self.wanted.env = dict(self.wanted.env)  # what lies ahead is not kept
+                targets = [self.wanted.value(end.original) for end in self.ends]
+                targets = [
+                    target if end.stays is None else target.index_select(end.axis, end.stays)
+                    for target, end in zip(targets, self.ends, strict=True)
+                ]
+            used += sum(target.numel() * target.element_size() for target in targets)
+            if used <= MEMORY:
+                self.targets[index] = targets
+            yield index * self.ranks.size + self.ranks.rank, targets, env
+
+    def values(self, env: Mapping[fx.Node, Any], parameters: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """What the narrow network gives at the ends with these parameters."""
+        self.found.env = dict(env)
+        self.found.swapped = {
+            name: {key: parameters[f"{name}.{key}"] for key, _ in layer.named_parameters(recurse=False)}
+            for name, layer in self.layers.items()
+        }
+        try:
+            return tuple(self.found.value(end.node) for end in self.ends)
+        finally:
+            self.found.swapped = {}
+
+    def gaps(self, targets: Sequence[Tensor], values: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """At each end what is missing, and its weight: one over the end's energy, none where a rectifier cuts both."""
+        gaps, weights = [], []
+        for end, energy, target, value in zip(self.ends, self.energies, targets, values, strict=True):
+            gap, counts = target - value, torch.ones_like(value)
+            if end.limit is not None:
+                gap = rectified_gap(target, value, end.limit)
+                counts = 1 - ((target <= 0) & (value <= 0) | (target >= end.limit) & (value >= end.limit)).to(value)
+            gaps.append(gap)
+            weights.append(counts / energy)
+        return gaps, weights
+
+
+def scaled(values: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Each value times its weight."""
+    return tuple(value * weight for value, weight in zip(values, weights, strict=True))
+
+
+def zeros(like: Mapping[str, Tensor]) -> Vector:
+    """Of the same shapes."""
+    return {name: torch.zeros_like(value, dtype=torch.float64) for name, value in like.items()}
+
+
+def accumulate(sums: Vector, more: Mapping[str, Tensor]) -> None:
+    """Add to each sum, in float64."""
+    for name, value in more.items():
+        sums[name] += value.detach().double()
+
+
+def add(vector: Vector, other: Vector, factor: float | Mapping[str, float]) -> Vector:
+    """`vector + factor * other`; the factor may differ from tensor to tensor."""
+    each = factor if isinstance(factor, Mapping) else dict.fromkeys(vector, factor)
+    return {name: value + each[name] * other[name] for name, value in vector.items()}
+
+
+def dot(vector: Vector, other: Vector) -> float:
+    """The scalar product."""
+    return float(sum((value * other[name]).sum() for name, value in vector.items()))

@@ -1,0 +1,17 @@
+"""Which neurons stay (a criterion), and how many (a budget)."""
+
+from nm_lightning.compression.selection.budgets import Macs, Parameters, Ratio, Widths
+from nm_lightning.compression.selection.criteria import GeometricMedian, L1Norm, L2Norm, WeightCriterion
+from nm_lightning.compression.selection.output_aware import OutputAware
+
+__all__ = [
+    "GeometricMedian",
+    "L1Norm",
+    "L2Norm",
+    "Macs",
+    "OutputAware",
+    "Parameters",
+    "Ratio",
+    "WeightCriterion",
+    "Widths",
+]

@@ -1,0 +1,242 @@
+"""How many neurons stay at each site."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from nm_lightning.compression.selection.output_aware import costs_of, watched
+from nm_lightning.compression.settings import Budget, Values, is_number, setting
+from nm_lightning.compression.statistics.subject import Subject
+from nm_lightning.compression.structure.copies import plain_copy, without_data
+from nm_lightning.compression.structure.cost import cost
+from nm_lightning.compression.structure.plan import apply_plan, plan_sites
+from nm_lightning.compression.structure.sites import Site
+from nm_lightning.errors import InputError
+
+
+def floor(neurons: int, ratio: float) -> int:
+    """`floor(n (1 - r))`, at least 1; a product that is whole but for rounding counts as whole.
+
+    >>> floor(20, 0.9), floor(16, 0.3), floor(2, 0.9)
+    (2, 11, 1)
+    """
+    return max(1, int(round(neurons * (1 - ratio), 9)))
+
+
+def nearest(neurons: int, ratio: float) -> int:
+    """Python's `round` of `n (1 - r)`, of the float product: LeNet's and AlexNet's in the paper."""
+    return round(neurons * (1 - ratio))
+
+
+def truncated(neurons: int, ratio: float) -> int:
+    """`int` of the float product `n (1 - r)`: ResNet-56's in the paper."""
+    return int(neurons * (1 - ratio))
+
+
+def four_times_truncated(neurons: int, ratio: float) -> int:
+    """Truncated before a factor of 4: WideResNet-40-4's in the paper."""
+    return 4 * int(neurons // 4 * (1 - ratio))
+
+
+ROUNDINGS = {each.__name__: each for each in (floor, nearest, truncated, four_times_truncated)}
+RATIO = Values("a number from 0 (keep all) to below 1", lambda ratio: is_number(ratio) and 0 <= ratio < 1)
+ROUNDING = Values(allow=lambda each: callable(each) or each in ROUNDINGS, choices=tuple(ROUNDINGS))
+SHARE = Values("the share that may stay, a number between 0 and 1", lambda share: is_number(share) and 0 < share < 1)
+_ratio = partial(setting, 0.5, "share of each site's neurons to remove", RATIO, auto=True)
+_rounding = partial(setting, "floor", f"of the survivors' number: {', '.join(ROUNDINGS)}", ROUNDING, auto=True)
+
+
+@dataclass(frozen=True)
+class Ratio(Budget):
+    """The same share of every site's neurons goes."""
+
+    name = "ratio"
+    ratio: float = _ratio()
+    rounding: str | Callable[[int, float], int] = _rounding()
+
+    @property
+    def share_removed(self) -> float:
+        """The ratio."""
+        return self.ratio
+
+    def counts(self, subject: Subject) -> dict[str, int]:
+        """At least one survivor, and a multiple of the site's step."""
+        rounded = self.rounding if callable(self.rounding) else ROUNDINGS[self.rounding]
+        counts = {site.name: rounded(site.width, self.ratio) if self.ratio else site.width for site in subject.sites}
+        counts = {site.name: max(site.step, counts[site.name] // site.step * site.step) for site in subject.sites}
+        check_counts(subject.sites, counts)
+        return counts
+
+
+@dataclass(frozen=True)
+class Widths(Budget):
+    """The survivors themselves."""
+
+    name = "widths"
+    widths: Sequence[int] | Mapping[str, int] = setting(
+        (), "survivors: an integer for each site in order, or site=width", off=None, auto=True
+    )
+    ratio: float = _ratio()
+    rounding: str | Callable[[int, float], int] = _rounding()
+
+    @property
+    def share_removed(self) -> float | None:
+        """The ratio that other sites follow, if there are others."""
+        return self.ratio or None if isinstance(self.widths, Mapping) else None
+
+    def counts(self, subject: Subject) -> dict[str, int]:
+        """As they stand.
+
+        Raises:
+            InputError: they don't fit the sites.
+        """
+        sites, counts = subject.sites, Ratio(self.ratio, self.rounding).counts(subject)
+        if isinstance(self.widths, Mapping):
+            unknown = [name for name in self.widths if name not in counts]
+            if unknown:
+                raise InputError(f"widths name the site {unknown[0]!r}, which is none of: {listing(sites)}")
+            counts |= self.widths
+        else:
+            if len(self.widths) != len(sites):
+                raise InputError(f"{len(self.widths)} widths for {len(sites)} sites: {listing(sites)}")
+            counts = {site.name: width for site, width in zip(sites, self.widths, strict=True)}
+        check_counts(sites, counts)
+        return counts
+
+
+@dataclass(frozen=True)
+class Target(Budget):
+    """A share of the network's size may stay; each site gives up what costs least.
+
+    A cost is the measured error of reconstruction on the calibration images, see `output_aware.costs_of`.
+    """
+
+    looks = True
+
+    @property
+    def says(self) -> str:
+        """What and how much of it."""
+        return f"{self.name}{self.share:g}"
+
+    def counts(self, subject: Subject) -> dict[str, int]:
+        """The largest widths found that meet the target; sizes are found without the network's data."""
+        sites, hollow = subject.sites, without_data(subject.model).eval()
+
+        def size(widths: Mapping[str, int]) -> int:
+            keeps = {site.name: site.survivors(torch.zeros(site.width), widths[site.name]) for site in sites}
+            narrow = apply_plan(plain_copy(hollow)[0], plan_sites(sites, keeps))
+            return self.measured(narrow, subject.example[:1].to("meta"))
+
+        return share_cut(sites, costs_of(sites, watched(subject)), size, self.share)
+
+
+@dataclass(frozen=True)
+class Parameters(Target):
+    """A share of the network's parameters may stay."""
+
+    name = "parameters"
+    share: float = setting(
+        0.5,
+        "share of parameters that may stay, cut where it costs least",
+        SHARE,
+        flag="target_parameters",
+        off=None,
+    )
+
+    @staticmethod
+    def measured(network: nn.Module, example: Tensor) -> int:
+        """The number of parameters."""
+        return sum(parameter.numel() for parameter in network.parameters())
+
+
+@dataclass(frozen=True)
+class Macs(Target):
+    """A share of the network's multiply-accumulates may stay."""
+
+    name = "macs"
+    share: float = setting(0.5, "likewise, of the multiply-accumulates", SHARE, flag="target_macs", off=None)
+
+    @staticmethod
+    def measured(network: nn.Module, example: Tensor) -> int:
+        """The multiply-accumulates of one image."""
+        return cost(network, example).macs
+
+
+def choose(sites: Sequence[Site], patterns: str | Sequence[str] | None) -> list[Site]:
+    """The sites whose layer names match one of the glob patterns; all of them where `patterns` is None.
+
+    Raises:
+        InputError: a pattern matches no site.
+    """
+    if patterns is None:
+        return list(sites)
+    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    for pattern in patterns:
+        if not any(fnmatchcase(site.name, pattern) for site in sites):
+            raise InputError(f"sites {pattern!r} matches none of: {listing(sites)}")
+    return [site for site in sites if any(fnmatchcase(site.name, pattern) for pattern in patterns)]
+
+
+def check_counts(sites: Sequence[Site], counts: Mapping[str, int]) -> None:
+    """Raise `InputError` unless each site has a number of survivors that fits it."""
+    for site in sites:
+        count = counts[site.name]
+        if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= site.width:
+            raise InputError(f"width {count!r} for {site.name}: give a whole number from 1 to {site.width}")
+        if count % site.step:
+            raise InputError(f"width {count} for {site.name}: its groups ask for a multiple of {site.step}")
+
+
+def share_cut(
+    sites: Sequence[Site],
+    costs: Mapping[str, Tensor],
+    size: Callable[[Mapping[str, int]], int],
+    target: float,
+) -> dict[str, int]:
+    """Widths that bring a network to a share of its size where it costs least.
+
+    One price per parameter (or MAC) for all sites: each gives up neurons as long as the next one costs less than the
+    price of what goes with it. The price is found by bisection.
+
+    Args:
+        sites: the sites; those without costs keep their width.
+        costs: by site, what each further removal costs, `(n - step,)`; a cheaper one behind a dearer one costs as much.
+        size: of a network with given widths.
+        target: share of the size that may stay, in (0, 1).
+
+    Returns:
+        The largest widths found that meet the target.
+
+    Raises:
+        InputError: the sites can't shrink the network so far.
+    """
+    full = {site.name: site.width for site in sites}
+    whole, prices = size(full), {}
+    for site in sites:
+        if site.name in costs:
+            saved = (whole - size(full | {site.name: site.step})) / max(1, site.width - site.step)  # by one neuron
+            prices[site.name] = costs[site.name].cummax(dim=0).values / max(saved, 1e-9)
+    steps = {site.name: site.step for site in sites}
+
+    def widths(price: float) -> dict[str, int]:
+        cut = {name: int((each <= price).sum()) // steps[name] * steps[name] for name, each in prices.items()}
+        return full | {name: full[name] - count for name, count in cut.items()}
+
+    every = torch.cat([torch.zeros(1, dtype=torch.double), *prices.values()]).unique()
+    if size(widths(float(every[-1]))) > target * whole:
+        least = size(widths(float(every[-1]))) / whole
+        raise InputError(f"target {target}: the sites can't bring the network below {least:.3f} of its size")
+    low, high = 0, len(every) - 1
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if size(widths(float(every[middle]))) <= target * whole else (middle + 1, high)
+    return widths(float(every[low]))
+
+
+def listing(sites: Sequence[Site]) -> str:
+    """The sites' names and widths, in one line."""
+    return ", ".join(f"{site.name} ({site.width})" for site in sites) or "no sites"

@@ -1,0 +1,121 @@
+"""Unlabelled images for whatever looks at activations, and the one rule by which ranks share them."""
+
+import math
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nm_lightning.compression.statistics.ranks import ALONE, Ranks
+from nm_lightning.compression.statistics.synthetic import dead_leaves
+from nm_lightning.errors import InputError
+
+SYNTHETIC = "synthetic"
+BATCH_BYTES = 6 << 20  # of one batch of images: ten photos; never more than 128
+
+
+def check_size(size: int, ranks: Ranks = ALONE) -> None:
+    """Raise `InputError` unless `size` is a number of images, and enough of them to give each rank one."""
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise InputError(f"calibration_size {size!r}: give a whole number from 1")
+    if size < ranks.size:
+        raise InputError(f"calibration_size {size} leaves some of {ranks.size} ranks without an image: give more")
+
+
+def batch_length(shape: Sequence[int], bytes_each: int = 4) -> int:
+    """How many images of a shape make a batch."""
+    return max(1, min(128, BATCH_BYTES // (math.prod(shape) * bytes_each)))
+
+
+def share(images: Tensor, length: int, ranks: Ranks = ALONE) -> Tensor:
+    """This rank's part of images, or of their indices: whole batches in turn, or equal parts where they are too few.
+
+    One process sees the same batches, so the sums over all ranks are its own but for their order.
+    """
+    batches = images.split(length)
+    if len(batches) < ranks.size:
+        return images.tensor_split(ranks.size)[ranks.rank]
+    return torch.cat(batches[ranks.rank :: ranks.size])
+
+
+class Calibration:
+    """Images in batches as the network reads them, gathered when they are first asked for.
+
+    Args:
+        source: images `(N, ...)`; batches of them, alone or first in a tuple, as a DataLoader gives them; `synthetic`
+            for `dead_leaves`; or None for none.
+        example: a batch that the network accepts; its shape and device are the images', its dtype in at least float32.
+        size: how many images at most.
+        seed: of the synthetic images.
+        ranks: that each have a share of the images; synthetic ones are shared out here.
+    """
+
+    def __init__(
+        self,
+        source: Tensor | Iterable | str | None,
+        example: Tensor,
+        size: int = 1024,
+        seed: int = 0,
+        ranks: Ranks = ALONE,
+    ):
+        self.source, self.example, self.size, self.seed, self.ranks = source, example, size, seed, ranks
+
+    def check(self, recipe: Any) -> None:
+        """Raise `InputError` where a `Recipe` asks for images that there are not, or that would lead it astray."""
+        if recipe.looks and self.source is None:
+            raise InputError(
+                f"{recipe.looks} looks at images: give calibration, a tensor, a DataLoader or {SYNTHETIC!r}"
+            )
+        recipe.check_images(self.source)
+
+    @cached_property
+    def batches(self) -> list[Tensor]:
+        """This rank's images in batches.
+
+        Raises:
+            InputError: no images, or images of another shape.
+        """
+        check_size(self.size, self.ranks)
+        images, example = self._images(), self.example
+        if not images.ndim or not len(images):
+            raise InputError("calibration has no images")
+        if images.shape[1:] != example.shape[1:]:
+            raise InputError(
+                f"calibration images are {tuple(images.shape[1:])}, the network reads {tuple(example.shape[1:])}"
+            )
+        if not bool(images.isfinite().all()):
+            raise InputError("calibration images hold values that are not finite")
+        length = batch_length(images.shape[1:], images.element_size())
+        low = example.dtype in (torch.float16, torch.bfloat16)
+        images = images.to(example.device, torch.float32 if low else example.dtype)
+        images = images.clone()  # the caller's stay as they are
+        return list(images.split(length))
+
+    def _images(self) -> Tensor:
+        source, example = self.source, self.example
+        if isinstance(source, str):
+            if source != SYNTHETIC:
+                raise InputError(f"calibration {source!r}: give a tensor, a DataLoader or {SYNTHETIC!r}")
+            if example.ndim != 4 or not example.is_floating_point():
+                raise InputError(f"synthetic images are (N, C, H, W), the network reads {tuple(example.shape)}")
+            images = (
+                dead_leaves(self.size, tuple(example.shape[1:]), self.seed) * 4 - 2
+            )  # about the range of normalised
+            return share(images, batch_length(images.shape[1:]), self.ranks)
+        if isinstance(source, Tensor):
+            return source[: self.size]
+        if not isinstance(source, Iterable):
+            raise InputError(f"calibration is of type {type(source).__name__}: give a tensor or a DataLoader")
+        size = -(-self.size // self.ranks.size)  # of this rank's loader
+        parts, count = [], 0
+        for batch in source:
+            part = batch[0] if isinstance(batch, (tuple, list)) and len(batch) else batch
+            if not isinstance(part, Tensor):
+                raise InputError(f"calibration gives a {type(part).__name__}: give batches that are tensors")
+            parts.append(part)
+            count += len(part)
+            if count >= size:
+                break
+        return torch.cat(parts)[:size] if parts else example[:0]

@@ -1,0 +1,179 @@
+"""A network run over calibration images node by node, so that two of them can be compared on the way.
+
+The original and its compressed copy share one graph. Both stop at the same layer, batch by batch; what a batch has
+computed and still needs is kept for the next stop while memory allows, and is computed again where it does not.
+"""
+
+import functools
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from nm_lightning.compression.graph import operation_name
+from nm_lightning.compression.structure.copies import plain_copy
+from nm_lightning.compression.structure.operations import MIXING_NORMS, facts_of
+from nm_lightning.compression.structure.plan import apply_plan, plan_sites
+from nm_lightning.compression.structure.sites import Site
+
+MEMORY = 2 << 30  # bytes of activations that one run keeps between two stops
+
+
+@dataclass
+class NarrowNorm:
+    """A normalisation over some channels only.
+
+    Attributes:
+        layer: the narrow layer.
+        axis: the channels' dimension in what it reads.
+        stays: `(k,)`, the channels.
+    """
+
+    layer: nn.Module
+    axis: int
+    stays: Tensor
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """The narrow norm's output at its channels, zero at the others."""
+        stays = self.stays.to(images.device)
+        return torch.zeros_like(images).index_copy(self.axis, stays, self.layer(images.index_select(self.axis, stays)))
+
+
+class Run(fx.Interpreter):
+    """One network on its way through all calibration batches.
+
+    Args:
+        model: the network, in evaluation mode.
+        graph: its graph, or that of a network of the same architecture.
+        batches: the images, `(N, ...)` each.
+        memory: bytes of activations to keep between two stops.
+
+    Attributes:
+        norms: layers to be replaced by narrower ones.
+        swapped: by layer, the tensors that stand for its parameters.
+    """
+
+    def __init__(self, model: nn.Module, graph: fx.Graph, batches: Sequence[Tensor], memory: int = MEMORY):
+        super().__init__(model, garbage_collect_values=False, graph=graph)
+        self.batches, self.memory = batches, memory
+        self.nodes = list(graph.nodes)
+        self.position = {node: position for position, node in enumerate(self.nodes)}
+        self.last = {node: max((self.position[user] for user in node.users), default=-1) for node in self.nodes}
+        self.kept: dict[int, tuple[int, dict[fx.Node, Any], int]] = {}  # where each batch waits, its values, bytes
+        self.norms: dict[str, NarrowNorm] = {}
+        self.swapped: dict[str, dict[str, Tensor]] = {}
+
+    def states(self, stop: fx.Node, count: int | None = None) -> Iterator[dict[fx.Node, Any]]:
+        """Each batch's values that `stop` or a later node needs; `value` works on the one that was given last.
+
+        Args:
+            stop: where the batches stop; never before an earlier stop.
+            count: of the first batches, if not all are wanted; the others wait where they are.
+        """
+        until = self.position[stop]
+        for index, batch in enumerate(self.batches[:count]):
+            start, env, _ = self.kept.pop(index, (0, {}, 0))
+            self.env = env
+            for position in range(start, until):
+                node = self.nodes[position]
+                if node not in env and self.last[node] >= position:
+                    env[node] = batch.clone() if position == 0 else self.run_node(node)
+                for done in [node, *node.all_input_nodes]:
+                    if self.last[done] <= position:
+                        env.pop(done, None)
+            yield env
+            self.env = env
+            tensors = [leaf for leaf in pytree.tree_leaves(list(env.values())) if isinstance(leaf, Tensor)]
+            size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+            if sum(kept for _, _, kept in self.kept.values()) + size <= self.memory:
+                self.kept[index] = until, env, size
+
+    def value(self, node: fx.Node) -> Any:
+        """A node's value for the present batch, computed now if it lies ahead."""
+        if node not in self.env:
+            for source in node.all_input_nodes:
+                self.value(source)
+            self.env[node] = self.run_node(node)
+        return self.env[node]
+
+    def call_module(self, target: str, args: tuple, kwargs: dict) -> Any:
+        """The layer, or the narrow norm in its place, or the layer with other parameters."""
+        if target in self.swapped:
+            return torch.func.functional_call(self.fetch_attr(target), self.swapped[target], args, kwargs)
+        return self.norms[target](*args) if target in self.norms else super().call_module(target, args, kwargs)
+
+    def placeholder(self, target: str, args: tuple, kwargs: dict) -> Any:
+        """Further inputs have their default values."""
+        return args[0] if args else None
+
+
+def without_in_place(graph: fx.Graph, *models: nn.Module) -> list[nn.Module]:
+    """Rewrite a graph, and switch its modules, so that no operation changes another node's value; returns the modules.
+
+    Who reads a value after it was changed reads the change's result instead.
+    """
+    order = {node: position for position, node in enumerate(graph.nodes)}
+    for node in list(graph.nodes):
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        layer = models[0].get_submodule(node.target) if node.op == "call_module" else None
+        writes = bool(getattr(layer, "inplace", False) is True or node.kwargs.get("inplace"))
+        twin = facts_of(operation_name(node, None)).twin if node.op == "call_function" else None
+        if twin is not None:
+            writes, node.target = True, twin
+        elif node.op in ("call_method", "call_function") and name.endswith("_") and not name.endswith("__"):
+            homes = [torch.Tensor] if node.op == "call_method" else [torch, nn.functional]
+            found = next((getattr(home, name[:-1]) for home in homes if hasattr(home, name[:-1])), None)
+            if found is not None:
+                writes, node.target = True, name[:-1] if node.op == "call_method" else found
+        if writes:
+            if "inplace" in node.kwargs:
+                node.kwargs = {**node.kwargs, "inplace": False}
+            changed = node.args[0] if node.args else None
+            if isinstance(changed, fx.Node):
+                changed.replace_all_uses_with(node, lambda user, here=order[node]: order[user] > here)
+    switched = [module for model in models for module in model.modules() if getattr(module, "inplace", False) is True]
+    for module in switched:
+        module.inplace = False
+    return switched
+
+
+def used_again(graph: fx.Graph, model: nn.Module) -> set[str]:
+    """The layers that are called several times, or that have a parameter which something else reads, too."""
+    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
+    owners = Counter(id(own) for module in model.modules() for own in module._parameters.values() if own is not None)
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            owners[id(functools.reduce(getattr, node.target.split("."), model))] += 1
+    shared = {name for name in calls for own in model.get_submodule(name).parameters() if owners[id(own)] > 1}
+    return shared | {name for name, count in calls.items() if count > 1}
+
+
+def shapes_of(run: Run) -> dict[fx.Node, torch.Size]:
+    """The shape of each node's value that is a tensor, for the first batch."""
+    first, *nodes, _ = run.nodes
+    run.env = {first: run.batches[0].clone()}
+    return {node: value.shape for node in nodes if isinstance(value := run.value(node), Tensor)}
+
+
+def narrow_norms(original: nn.Module, sites: Sequence[Site], keeps: Mapping[str, Tensor]) -> dict[str, NarrowNorm]:
+    """The normalisations that mix channels, as they are over the survivors alone."""
+    layers = dict(original.named_modules())
+    mixing = [
+        (site, member) for site in sites for member in site.passed if isinstance(layers.get(member.name), MIXING_NORMS)
+    ]
+    if not mixing:
+        return {}
+    narrow = apply_plan(plain_copy(original)[0], plan_sites(sites, keeps))
+    masks: dict[str, Tensor] = {}  # a norm may read several sites
+    for site, member in mixing:
+        stays = member.stays(keeps[site.name])
+        masks[member.name] = masks.get(member.name, True) & stays
+    axes = {member.name: member.axis for _, member in mixing}
+    return {
+        name: NarrowNorm(narrow.get_submodule(name), axes[name], stays.nonzero().flatten())
+        for name, stays in masks.items()
+    }

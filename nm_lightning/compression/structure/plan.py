@@ -1,0 +1,129 @@
+"""The plan: which positions of every tensor stay. It repeats a compression's slicing on any wide network.
+
+It is plain lists and numbers, so that it travels in a checkpoint.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nm_lightning.compression.structure.sites import Site
+from nm_lightning.errors import InputError
+
+# {"slices": {tensor: [[dimension, groups, positions that stay], ...]}, "attributes": {"layer.attribute": length}},
+# and "biases": {layer: length before slicing} where a layer got one that it had not
+Plan = dict[str, dict[str, Any]]
+
+
+def plan_sites(sites: Sequence[Site], keeps: Mapping[str, Tensor]) -> Plan:
+    """What the survivors `(k,)` of each site mean for the tensors and attributes of its layers."""
+    masks: dict[tuple[str, int, int], Tensor] = {}
+    axes: dict[str, tuple[Tensor, int]] = {}
+    shrinking = [site for site in sites if len(keeps[site.name]) < site.width]
+    parts = [(site, [*site.producers, *site.passed]) for site in shrinking]
+    for site, members in parts + [(site, site.consumers) for site in shrinking]:  # columns last: fewer rows to fold
+        for member in members:
+            stays = member.stays(keeps[site.name])
+            for tensor, dim in member.slots:
+                before = masks.get((tensor, dim, member.groups))
+                masks[tensor, dim, member.groups] = stays if before is None else before & stays
+            for attribute, divisor in member.counts.items():
+                path = f"{member.name}.{attribute}".removeprefix(".")
+                before, _ = axes.get(path, (stays, divisor))
+                axes[path] = before & stays, divisor
+    slices = defaultdict(list)
+    for (tensor, dim, groups), stays in masks.items():
+        slices[tensor].append([dim, groups, stays.nonzero().flatten().tolist()])
+    return {
+        "slices": dict(slices),
+        "attributes": {name: int(stays.sum()) // divisor for name, (stays, divisor) in axes.items()},
+    }
+
+
+def apply_plan(
+    model: nn.Module, plan: Plan, before: Callable[[str, int, Tensor], Tensor] = lambda name, dim, tensor: tensor
+) -> nn.Module:
+    """Slice a wide network to the plan's survivors, in place; returns the same network.
+
+    Args:
+        model: the network; its tensors are replaced, not written to.
+        plan: what stays.
+        before: what a tensor becomes before its dimension is sliced, by its name.
+
+    Raises:
+        InputError: the network lacks a tensor of the plan, or has it too short.
+    """
+    for name, length in plan.get("biases", {}).items():
+        layer = model.get_submodule(name)
+        if layer.bias is None:
+            layer.bias = nn.Parameter(layer.weight.new_zeros(length), requires_grad=layer.weight.requires_grad)
+    tensors, changed = named_tensors(model), {}
+    for name, steps in plan.get("slices", {}).items():
+        if name not in tensors:
+            raise InputError(f"the compressed checkpoint was made from another network: no tensor {name!r}")
+        tensor = tensors[name].detach()
+        for dim, groups, stays in steps:
+            tensor = _slice(name, before(name, dim, tensor), dim, groups, stays)
+        changed[name] = tensor
+    replace_tensors(model, changed)
+    for path, length in plan.get("attributes", {}).items():
+        layer, _, attribute = path.rpartition(".")
+        module = model.get_submodule(layer)
+        before = getattr(module, attribute)
+        setattr(module, attribute, type(before)([length]) if isinstance(before, (tuple, list)) else length)
+    return model
+
+
+def replace_tensors(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Put other tensors in the place of a network's, wherever these hang; parameters stay parameters."""
+    tensors = named_tensors(model)
+    homes: dict[int, list[tuple[dict, str]]] = defaultdict(list)  # the shared ones have several
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for attribute, tensor in held.items():
+                if tensor is not None:
+                    homes[id(tensor)].append((held, attribute))
+    for name, value in values.items():
+        old = tensors[name]
+        if isinstance(old, nn.Parameter):
+            value = nn.Parameter(value, requires_grad=old.requires_grad)
+        for home, attribute in homes[id(old)]:
+            home[attribute] = value
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by every name they have."""
+    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+
+
+def compose(first: Plan, second: Plan) -> Plan:
+    """The plan that does `first`, then `second`."""
+    slices = {name: list(steps) for name, steps in first.get("slices", {}).items()}
+    for name, steps in second.get("slices", {}).items():
+        slices[name] = slices.get(name, []) + steps
+    merged = {part: first.get(part, {}) | second.get(part, {}) for part in ("attributes", "biases")}
+    return {part: entries for part, entries in {"slices": slices, **merged}.items() if entries}
+
+
+def prefixed(plan: Plan, prefix: str) -> Plan:
+    """The plan as a network sees it that holds the planned one under the name `prefix`."""
+    return {part: {f"{prefix}.{name}": value for name, value in entries.items()} for part, entries in plan.items()}
+
+
+def _slice(name: str, tensor: Tensor, dim: int, groups: int, stays: list[int]) -> Tensor:
+    """The positions that stay along `dim`; with groups they count over all groups, each of which keeps its own."""
+    length = tensor.shape[dim] * groups if dim < tensor.ndim else 0
+    if stays and max(stays) >= length:
+        raise InputError(
+            f"the compressed checkpoint was made from another network: {name} has a length of {length} "
+            f"in dimension {dim}, the plan needs more than {max(stays)}"
+        )
+    index = torch.tensor(stays, device=tensor.device)
+    if groups == 1:
+        return tensor.index_select(dim, index)
+    columns = (index % tensor.shape[1]).view(groups, -1)
+    split = tensor.view(groups, -1, *tensor.shape[1:])
+    return torch.cat([part.index_select(1, own) for part, own in zip(split, columns, strict=True)])

@@ -1,0 +1,136 @@
+"""What travels between the rooms: sites, and the layers that have a share in them."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+NOBODY = -1  # the owner of a position that no removable neuron owns, such as the network's input
+
+
+@dataclass
+class Member:
+    """A layer's share in a set of neurons: one axis of its tensors.
+
+    While a graph is followed the neurons are counted over the whole network, in a site over the site.
+
+    Attributes:
+        name: the layer's name in the network.
+        kind: `rows` (the layer makes the neurons), `columns` (it reads them) or `channels` (they pass through it).
+        slots: the tensors that have this axis, `(tensor's name, dimension)`, the weight first.
+        counts: the layer's attributes that tell the axis' length, each with the divisor of that length.
+        owner: `(positions,)`, for each position along the axis the neuron that owns it, `NOBODY` where none does.
+        groups: of a grouped convolution; its columns' dimension is as long as one group.
+        axis: the neurons' dimension in the activations that the layer reads.
+        node: the name of its node in the network's graph.
+    """
+
+    name: str
+    kind: str
+    slots: list[tuple[str, int]]
+    counts: dict[str, int]
+    owner: Tensor
+    groups: int = 1
+    axis: int = 1
+    node: str = ""
+
+    def even(self, neurons: int) -> bool:
+        """Whether each of so many neurons owns equally many positions."""
+        counts = torch.bincount(self.owner[self.owner >= 0], minlength=neurons)
+        return bool((counts == counts[0]).all())
+
+    def positions(self) -> Tensor:
+        """The positions each neuron owns: `(neurons, positions of each)`, in order; only if `even`."""
+        neurons = int(self.owner.max()) + 1
+        order = torch.argsort(self.owner, stable=True)
+        return order[int((self.owner < 0).sum()) :].view(neurons, -1)
+
+    def stays(self, keep: Tensor) -> Tensor:
+        """Whether each position stays `(positions,)` when the neurons `keep` `(k,)` do; what nobody owns does."""
+        return torch.isin(self.owner, keep) | (self.owner < 0)
+
+
+@dataclass
+class Consumer(Member):
+    """A layer that reads the site's neurons.
+
+    Attributes:
+        norm: the BatchNorm between the producer and this layer, if there is one.
+        obstacle: why a scaled neuron would not arrive here scaled; empty where it does.
+    """
+
+    norm: str | None = None
+    obstacle: str = ""
+
+
+@dataclass
+class Site:
+    """Neurons that can shrink together.
+
+    Attributes:
+        name: the first producer's name.
+        width: number of neurons.
+        producers: the layers whose rows the neurons are, in the order of execution.
+        passed: per-channel layers on the way, sliced like the producers.
+        consumers: the layers that read the neurons.
+        cells: `(width,)`, the cell of each neuron; equally many must stay in each.
+        coupled: whether the producers are added together, as along a residual stream.
+    """
+
+    name: str
+    width: int
+    producers: list[Member]
+    passed: list[Member]
+    consumers: list[Consumer]
+    cells: Tensor
+    coupled: bool = False
+
+    @property
+    def step(self) -> int:
+        """The number of cells: a width is a multiple of it."""
+        return int(self.cells.max()) + 1
+
+    def survivors(self, scores: Tensor, width: int) -> Tensor:
+        """The best `width` neurons, ascending, or a few more where a layer would lose all its neurons.
+
+        Args:
+            scores: `(self.width,)`; among equal ones the first neurons stay.
+            width: a multiple of `step`; equally many stay in each cell.
+        """
+        scores = scores.clone()
+        for member in self.producers:  # each layer keeps its best
+            owned = member.owner[member.owner >= 0].unique()
+            scores[owned[scores[owned].argmax()]] += scores.abs().max() * 2 + 1
+        while True:
+            keep = largest(scores, width, self.cells)
+            if width == self.width or all(torch.isin(member.owner, keep).any() for member in self.producers):
+                return keep
+            width += self.step
+
+
+def largest(scores: Tensor, width: int, cells: Tensor | None = None) -> Tensor:
+    """The indices of the `width` largest scores, ascending; among equal scores the first neurons stay.
+
+    Args:
+        scores: `(n,)`.
+        width: how many stay.
+        cells: `(n,)`, the cell of each neuron, all equally large; equally many stay in each. None for one cell.
+
+    >>> largest(torch.tensor([3.0, 1.0, 3.0, 2.0]), 2)
+    tensor([0, 2])
+    >>> largest(torch.tensor([3.0, 1.0, 3.0, 2.0]), 2, cells=torch.tensor([0, 1, 0, 1]))
+    tensor([0, 3])
+    """
+    order = torch.argsort(scores, descending=True, stable=True)
+    count = 1
+    if cells is not None:
+        order, count = order[torch.argsort(cells[order], stable=True)], int(cells.max()) + 1
+    return order.view(count, -1)[:, : width // count].flatten().sort().values
+
+
+@dataclass
+class Trace:
+    """What `trace` found: the sites in the order of execution, and each other layer with the reason it stays."""
+
+    sites: list[Site]
+    skipped: dict[str, str] = field(default_factory=dict)

@@ -1,0 +1,257 @@
+"""Before and after: accuracy, size and speed of a network and of what compression makes of it."""
+
+import itertools
+import time
+import timeit
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from pytorch_lightning import LightningDataModule
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
+from torch.utils.data.distributed import DistributedSampler
+
+from nm_lightning.compression import CompressionResult, Compressor, Recipe, Site, SiteReport, cost
+from nm_lightning.compression.statistics.ranks import ALONE, Ranks
+from nm_lightning.compression.structure.copies import modes_kept
+from nm_lightning.compression.structure.vectors import neuron_vectors
+from nm_lightning.progress import progress
+
+KEPT = ("num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context")
+BATCHES = (1, 128)  # whose latency is measured
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds for an image, in evaluation mode: the median of the runs and their quartiles."""
+
+    batch: int
+    median: float
+    low: float
+    high: float
+
+
+@dataclass
+class Baseline:
+    """The original network: accuracy (a fraction, None without labels), parameters, and MACs for one image."""
+
+    accuracy: float | None
+    parameters: int
+    macs: int
+    latency: list[Latency] = field(default_factory=list)
+
+
+@dataclass
+class Result:
+    """One cell of the grid.
+
+    Attributes:
+        method: prune, merge, ...
+        criterion: which neurons stayed.
+        ratio: share of neurons removed at each site; None where widths or a target were given.
+        recipe: all that was asked for, as `Recipe.to_dict` gives it.
+        accuracy: a fraction of the test set; None where there are no labels.
+        parameters: of the compressed network.
+        macs: multiply-accumulates for one image.
+        seconds: of the compression alone.
+        widths: survivors by site.
+        notes: what a reader should know.
+        checkpoint: the file's name in the same folder.
+        removed: share of all the sites' neurons that is gone.
+        sites: what happened at each.
+        similarity: of the removed neurons' largest cosines with a survivor, how many fall into each of 20 equal bins
+            from -1 to 1.
+        latency: at each batch size, where it was measured.
+    """
+
+    method: str
+    criterion: str
+    ratio: float | None
+    recipe: dict[str, Any]
+    accuracy: float | None
+    parameters: int
+    macs: int
+    seconds: float
+    widths: dict[str, int]
+    notes: list[str]
+    checkpoint: str
+    removed: float
+    sites: list[SiteReport] = field(default_factory=list)
+    similarity: list[int] = field(default_factory=list)
+    latency: list[Latency] = field(default_factory=list)
+
+
+@dataclass
+class Measure:
+    """Measures the original and what becomes of it on the same test set.
+
+    Attributes:
+        example: a batch that the networks accept, on their device.
+        loader: of the test set; None where there are no inputs with class labels.
+        data: the data module whose batch hooks apply.
+        ranks: the processes that measure together.
+        timed: whether latency is measured, too.
+    """
+
+    example: Tensor
+    loader: Iterable | None
+    data: LightningDataModule | None = None
+    ranks: Ranks = ALONE
+    timed: bool = False
+
+    def original(self, model: nn.Module) -> Baseline:
+        """Of the network as it was."""
+        size = cost(model, self.example)
+        return Baseline(self._accuracy(model, "original"), size.parameters, size.macs, self._latency(model))
+
+    def compressed(self, compressor: Compressor, recipe: Recipe, checkpoint: str) -> tuple[CompressionResult, Result]:
+        """Compress, and measure what comes of it.
+
+        Args:
+            compressor: holds the original.
+            recipe: to be followed.
+            checkpoint: the name of the file that will hold the result.
+        """
+        start = time.perf_counter()
+        found = compressor(recipe)
+        seconds = time.perf_counter() - start
+        size, total = cost(found.model, self.example), sum(site.before for site in found.report.sites)
+        method, criterion, ratio = recipe.method.label, recipe.criterion.label, recipe.budget.share_removed
+        return found, Result(
+            method=method,
+            criterion=criterion,
+            ratio=ratio,
+            recipe=recipe.to_dict(),
+            accuracy=self._accuracy(found.model, " ".join([method, criterion, recipe.budget.says])),
+            parameters=size.parameters,
+            macs=size.macs,
+            seconds=round(seconds, 3),
+            widths=found.report.widths,
+            notes=found.report.notes,
+            checkpoint=checkpoint,
+            removed=1 - sum(found.report.widths.values()) / total if total else 0.0,
+            sites=found.report.sites,
+            similarity=similarity(compressor.subject.tensors, found.sites, found.keep),
+            latency=self._latency(found.model),
+        )
+
+    def _accuracy(self, model: nn.Module, title: str) -> float | None:
+        if self.loader is None:
+            return None
+        return evaluate(model, self.loader, self.data, self.example.device, title, self.ranks)
+
+    def _latency(self, model: nn.Module) -> list[Latency]:
+        return latency(model, self.example) if self.timed else []
+
+
+def evaluate(
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    data: LightningDataModule | None = None,
+    device: torch.device | str = "cpu",
+    description: str = "evaluating",
+    ranks: Ranks = ALONE,
+) -> float:
+    """The share of images whose largest logit is their label's.
+
+    Args:
+        model: maps images `(N, ...)` to logits `(N, classes)`; its mode is restored.
+        loader: batches of images and labels.
+        data: the data module whose batch hooks apply, such as normalisation on the device.
+        device: where to compute.
+        description: what the progress bar says.
+        ranks: the processes that evaluate together; they all have the same loader.
+
+    Returns:
+        A fraction, exact to the image: over several ranks too, each image counts once.
+    """
+    correct = total = 0
+    dtype = next((parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()), None)
+    model.to(device)  # out of inference mode, where it would make inference tensors of the parameters
+    with modes_kept(model), torch.inference_mode():
+        model.eval()
+        for batch in progress(dealt(loader, ranks), description):
+            images, labels = (part.to(device) for part in batch)
+            if data is not None:
+                images, labels = data.on_after_batch_transfer((images, labels), 0)
+            images = images.to(dtype) if images.is_floating_point() else images
+            correct += int((model(images).argmax(dim=1) == labels).sum())
+            total += len(labels)
+    correct, total = ranks.total(*torch.tensor([correct, total], device=device))
+    return int(correct) / int(total)
+
+
+def dealt(loader: Iterable, ranks: Ranks) -> Iterable:
+    """This rank's batches of a loader, dealt in turn: none is padded, and each is what one process would see.
+
+    Where Lightning has put a distributed sampler around the loader's own, the loader's own counts. Rank 0's order is
+    dealt. Where there is no data set to index, each rank reads all and keeps its own.
+    """
+    if ranks.size == 1:
+        return loader
+    batches = getattr(loader, "batch_sampler", None)
+    if type(loader) is not DataLoader or isinstance(loader.dataset, IterableDataset) or batches is None:
+        return itertools.islice(loader, ranks.rank, None, ranks.size)
+    sampler = getattr(batches, "sampler", None)
+    if isinstance(sampler, DistributedSampler):
+        if type(batches) is not BatchSampler:
+            return loader  # the user's own batches, which are shared out already
+        inner = getattr(sampler.dataset, "_sampler", None) or SequentialSampler(loader.dataset)
+        batches = BatchSampler(inner, batches.batch_size, batches.drop_last)
+    own = ranks.first(list(batches))[ranks.rank :: ranks.size]
+    return DataLoader(loader.dataset, batch_sampler=own, **{name: getattr(loader, name) for name in KEPT})
+
+
+def latency(model: nn.Module, example: Tensor, seconds: float = 1.0) -> list[Latency]:
+    """Time a network at each of `BATCHES`, after a warm-up.
+
+    Args:
+        model: on the device where it is to be timed; its mode is restored.
+        example: an input `(N, ...)` on that device; its first image is repeated.
+        seconds: about so much for each batch size; slow networks run at least 5 times.
+    """
+    found = []
+    with modes_kept(model), torch.inference_mode():
+        model.eval()
+        for batch in BATCHES:
+            images = example[:1].expand(batch, *example.shape[1:]).contiguous()
+
+            def once(images: Tensor = images) -> None:
+                model(images)
+                if images.is_cuda:
+                    torch.cuda.synchronize()
+
+            timer = timeit.Timer(once)
+            each = min(timer.repeat(repeat=3, number=1))  # the warm-up too
+            number = max(1, round(seconds / 20 / each))
+            repeat = min(20, max(5, round(seconds / each)))
+            times = torch.tensor(timer.repeat(repeat, number)) * 1000 / number / batch
+            low, median, high = times.quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
+            found.append(Latency(batch, median, low, high))
+    return found
+
+
+@torch.no_grad()
+def similarity(
+    tensors: Mapping[str, Tensor], sites: Sequence[Site], keep: Mapping[str, Tensor], bins: int = 20
+) -> list[int]:
+    """How like the survivors the removed neurons were: their largest cosine with one, counted in bins from -1 to 1.
+
+    Args:
+        tensors: the original network's, by name.
+        sites: of the original.
+        keep: by site, the survivors.
+        bins: equally wide.
+    """
+    counts = torch.zeros(bins)
+    for site in sites:
+        if site.producers[0].even(site.width) and len(keep[site.name]) < site.width:
+            vectors = F.normalize(neuron_vectors(site.producers[0], tensors, with_bias=False).float(), dim=1)
+            gone = torch.ones(site.width, dtype=torch.bool)
+            gone[keep[site.name]] = False
+            nearest = [(part @ vectors[keep[site.name]].T).amax(dim=1) for part in vectors[gone].split(1024)]
+            counts += torch.cat(nearest).clamp(-1, 1).cpu().histc(bins, -1, 1)
+    return counts.int().tolist()

@@ -1,0 +1,202 @@
+"""A network for each kind of connection: its sites are found, and cut right."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from nm_lightning import compress, trace
+from tests.networks import Attention, Graph, conv
+from tests.oracles import masked
+
+
+class EinsumAttention(Attention):
+    """The same in Einstein's notation."""
+
+    def __init__(self, width, heads, head_dim):
+        super().__init__(width, heads, head_dim, fused=False)
+
+    def forward(self, x):
+        batch, tokens, _ = x.shape
+        q, k, v = (layer(x).view(batch, tokens, self.heads, self.head_dim) for layer in (self.q, self.k, self.v))
+        weights = (torch.einsum("bqhd,bkhd->bhqk", q, k) * self.head_dim**-0.5).softmax(dim=-1)
+        return self.out(torch.einsum("bhqk,bkhd->bqhd", weights, v).flatten(2))
+
+
+class AsymmetricConv(nn.Conv2d):
+    """A subclass with a forward of its own."""
+
+    def forward(self, x):
+        return F.conv2d(F.pad(x, (0, 1, 0, 1)), self.weight, self.bias, self.stride)
+
+
+class Functional(nn.Module):
+    """Layers as bare parameters and functional calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.w1, self.b1 = nn.Parameter(torch.randn(12, 3, 3, 3)), nn.Parameter(torch.randn(12))
+        self.w2 = nn.Parameter(torch.randn(5, 12))
+        self.scale, self.shift = nn.Parameter(torch.rand(12) + 0.5), nn.Parameter(torch.randn(12))
+        self.register_buffer("mean", torch.randn(12))
+        self.register_buffer("var", torch.rand(12) + 0.5)
+
+    def forward(self, x):
+        x = F.batch_norm(F.conv2d(x, self.w1, self.b1), self.mean, self.var, self.scale, self.shift)
+        return F.linear(F.relu(x).mean((2, 3)), self.w2)
+
+
+def shuffle(x, groups):
+    n, c, h, w = x.size()
+    return x.view(n, groups, c // groups, h, w).transpose(1, 2).reshape(n, c, h, w)
+
+
+IMAGE, TOKENS = (2, 3, 8, 8), (2, 5, 12)
+HEAD = {"fc": nn.Linear(12, 4)}
+
+
+def head(net, x):
+    return net.fc(x.mean((2, 3)))
+
+
+def networks():
+    """Name to network, input shape, scope, and the sites (by producer) that must be found."""
+    c = conv
+    yield "residual", Graph(lambda n, x: head(n, F.relu(n.a(x)) + n.c(F.relu(n.b(F.relu(n.a(x)))))),
+        a=c(3, 12), b=c(12, 10), c=c(10, 12), fc=nn.Linear(12, 4)), IMAGE, "all", {"a", "b"}  # fmt: skip
+    yield "residual, hidden", Graph(lambda n, x: head(n, n.a(x) + n.c(F.relu(n.b(x)))),
+        a=c(3, 12), b=c(3, 10), c=c(10, 12), fc=nn.Linear(12, 4)), IMAGE, "hidden", {"b"}  # fmt: skip
+    yield "depthwise", nn.Sequential(c(3, 12), nn.BatchNorm2d(12), nn.ReLU6(), c(12, 12, groups=12),
+        nn.BatchNorm2d(12), nn.SiLU(), c(12, 4, 1)), IMAGE, "hidden", {"0"}  # fmt: skip
+    yield "depthwise with a multiplier", nn.Sequential(c(3, 6), nn.ReLU(), c(6, 12, groups=6), nn.ReLU(),
+        c(12, 4)), IMAGE, "hidden", {"0"}  # fmt: skip
+    yield "squeeze and excitation", Graph(
+        lambda n, x: n.out((y := F.relu(n.a(x))) * n.up(F.relu(n.down(y.mean((2, 3), keepdim=True)))).sigmoid()),
+        a=c(3, 12), down=c(12, 4, 1), up=c(4, 12, 1), out=c(12, 5)), IMAGE, "hidden", {"a", "down"}  # fmt: skip
+    yield "layer scale and group norm", Graph(lambda n, x: n.out(n.gamma.view(-1, 1, 1) * n.norm(n.a(x))),
+        a=c(3, 12), norm=nn.GroupNorm(12, 12), gamma=nn.Parameter(torch.randn(12)), out=c(12, 5),
+        ), IMAGE, "hidden", {"a"}  # fmt: skip
+    yield "a parameter of a stream", Graph(lambda n, x: n.out(n.gamma * n.a(x)),
+        a=c(3, 12), gamma=nn.Parameter(torch.randn(1, 12, 8, 8)), out=c(12, 5)), IMAGE, "hidden", {"a"}  # fmt: skip
+    yield (
+        "grouped",
+        nn.Sequential(c(3, 12), nn.ReLU(), c(12, 16, groups=4), nn.ReLU(), c(16, 4)),
+        IMAGE,
+        "hidden",
+        {"0", "2"},
+    )
+    yield "channel shuffle", Graph(lambda n, x: n.c(shuffle(F.relu(n.b(shuffle(F.relu(n.a(x)), 2))), 2)),
+        a=c(3, 12), b=c(12, 16, groups=2), c=c(16, 4)), IMAGE, "hidden", {"a", "b"}  # fmt: skip
+    yield "concatenation", Graph(lambda n, x: n.out(torch.cat([F.relu(n.a(x)), x, n.b(x)], 1)),
+        a=c(3, 12), b=c(3, 6), out=c(21, 4)), IMAGE, "hidden", {"a", "b"}  # fmt: skip
+    yield "chunk", Graph(lambda n, x: n.out((p := n.a(x).chunk(2, 1))[0] * p[1].sigmoid()),
+        a=c(3, 12), out=c(6, 4)), IMAGE, "hidden", {"a"}  # fmt: skip
+    yield "two consumers", Graph(lambda n, x: n.b(y := F.relu(n.a(x))) + n.c(y),
+        a=c(3, 12), b=c(12, 4), c=c(12, 4)), IMAGE, "hidden", {"a"}  # fmt: skip
+    yield (
+        "flatten with space",
+        nn.Sequential(c(3, 12), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(12 * 16, 4)),
+        IMAGE,
+        "hidden",
+        {"0"},
+    )
+    yield "transposed", nn.Sequential(nn.ConvTranspose2d(3, 12, 2, 2), nn.ReLU(), nn.ConvTranspose2d(12, 8, 2, 2),
+        nn.ReLU(), c(8, 4)), IMAGE, "hidden", {"0", "2"}  # fmt: skip
+    yield "pixel shuffle", nn.Sequential(c(3, 24), nn.ReLU(), nn.PixelShuffle(2), c(6, 4)), IMAGE, "hidden", {"0"}
+    yield "prelu", nn.Sequential(c(3, 12), nn.PReLU(12), c(12, 4)), IMAGE, "hidden", {"0"}
+    yield "padding and resampling", Graph(
+        lambda n, x: n.out(F.pad(F.interpolate(n.a(x), scale_factor=2), (1, 0, 2, 1))),
+        a=c(3, 12), out=c(12, 4)), IMAGE, "hidden", {"a"}  # fmt: skip
+    yield (
+        "subclass",
+        nn.Sequential(AsymmetricConv(3, 12, 2), nn.ReLU(), AsymmetricConv(12, 4, 2)),
+        IMAGE,
+        "hidden",
+        {"0"},
+    )
+    yield "functional", Functional(), IMAGE, "hidden", {"w1"}
+    relu = nn.ReLU()
+    yield "one activation in many places", Graph(lambda n, x: n.c(n.act(n.b(n.act(n.a(x))))),
+        a=c(3, 12), b=c(12, 10), c=c(10, 4), act=relu), IMAGE, "hidden", {"a", "b"}  # fmt: skip
+    yield "a layer called twice", Graph(lambda n, x: n.out(F.relu(n.b(F.relu(n.b(F.relu(n.a(x))))))),
+        a=c(3, 12), b=c(12, 12), out=c(12, 4)), IMAGE, "all", {"a"}  # fmt: skip
+    yield "tokens", nn.Sequential(nn.Linear(12, 20), nn.GELU(), nn.Linear(20, 12)), TOKENS, "hidden", {"0"}
+    for fused in (False, True):
+        yield f"attention, fused {fused}", Attention(12, 4, 5, fused), TOKENS, "hidden", {"q"}
+    yield "multi-head attention", Graph(lambda n, x: n.fc((y := n.a(x)) + n.mha(y, y, y, need_weights=False)[0]),
+        a=nn.Linear(12, 16), mha=nn.MultiheadAttention(16, 4, batch_first=True), fc=nn.Linear(16, 3),
+        ), TOKENS, "all", {"a"}  # fmt: skip
+
+    for track in (False, True):
+        norm = nn.InstanceNorm2d(12, affine=True, track_running_stats=track)
+        yield (
+            f"instance norm, tracking {track}",
+            nn.Sequential(c(3, 12), norm, nn.ReLU(), c(12, 4)),
+            IMAGE,
+            "hidden",
+            {"0"},
+        )
+    yield "einsum of two streams", Graph(
+        lambda n, x: head(n, torch.einsum("bchw,bchw->bchw", n.a(x), n.b(x).sigmoid())), a=c(3, 12), b=c(3, 12),
+        fc=nn.Linear(12, 4)), IMAGE, "all", {"a"}  # fmt: skip
+    yield "einsum with a gate", Graph(lambda n, x: n.out(torch.einsum("bc,bchw->bchw", n.gate(x.mean((2, 3))), n.a(x))),
+        a=c(3, 12), gate=nn.Linear(3, 12), out=c(12, 4)), IMAGE, "all", {"gate"}  # fmt: skip
+    yield "attention by einsum", EinsumAttention(12, 4, 5), TOKENS, "hidden", {"q"}
+
+
+NETWORKS = {name: rest for name, *rest in networks()}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_connection_is_cut_right(name):
+    """The sites are found; ratio 0 is the identity; what is removed is what a mask would silence."""
+    torch.manual_seed(0)
+    model, shape, scope, expected = copy.deepcopy(NETWORKS[name])
+    model.eval()
+    for module in model.modules():
+        if isinstance(module, nn.InstanceNorm2d):
+            nn.init.normal_(module.weight)
+            nn.init.normal_(module.bias)
+        if getattr(module, "running_var", None) is not None:
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+    x = torch.randn(shape)
+    found = trace(model, x, scope)
+    assert {site.name for site in found.sites} == expected, found.skipped
+    with torch.no_grad():
+        assert torch.equal(compress(model, x, ratio=0, scope=scope).model(x), model(x))
+        for ratio in (0.4, 0.75):
+            result = compress(model, x, "prune", ratio=ratio, scope=scope)
+            torch.testing.assert_close(
+                result.model(x), masked(model, result, found.sites)(x), rtol=1e-5, atol=1e-5, msg=f"ratio {ratio}"
+            )
+            assert sum(p.numel() for p in result.model.parameters()) < sum(p.numel() for p in model.parameters())
+    assert set(result.model.state_dict()) == set(model.state_dict())
+    twin = copy.deepcopy(result.model)
+    assert [p.shape for p in twin.parameters()] == [p.shape for p in result.model.parameters()]
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_a_norm_that_mixes_channels_is_that_of_the_survivors(affine):
+    """Here a mask would leave zeros among what RMSNorm averages over; the narrow network has only what stayed."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(12, 16), nn.RMSNorm(16, elementwise_affine=affine), nn.Linear(16, 20), nn.ReLU(), nn.Linear(20, 4)
+    )
+    if affine:
+        nn.init.normal_(model[1].weight)
+    x = torch.randn(TOKENS)
+    for ratio in (0, 0.25, 0.5):
+        result = compress(model, x, "prune", ratio=ratio)
+        first, second = result.keep["0"], result.keep["2"]
+        assert (len(first), len(second)) == (16 * (1 - ratio), 20 * (1 - ratio))
+        assert result.model[1].normalized_shape == (len(first),)
+        weight = model[1].weight[first] if affine else None
+        with torch.no_grad():
+            normalised = F.rms_norm(model[0](x)[..., first], (len(first),), weight)
+            hidden = F.linear(normalised, model[2].weight[second][:, first], model[2].bias[second])
+            wanted = F.linear(F.relu(hidden), model[4].weight[:, second], model[4].bias)
+            torch.testing.assert_close(result.model(x), wanted, rtol=1e-5, atol=1e-5)
+            assert ratio or torch.equal(result.model(x), model(x))
