@@ -59,6 +59,7 @@ class Result:
         seconds: of the compression alone.
         widths: survivors by site.
         notes: what a reader should know.
+        compared: how the narrow network was compared with the masked wide one, see `Report`.
         checkpoint: the file's name in the same folder.
         removed: share of all the sites' neurons that is gone.
         sites: what happened at each.
@@ -77,6 +78,7 @@ class Result:
     seconds: float
     widths: dict[str, int]
     notes: list[str]
+    compared: str
     checkpoint: str
     removed: float
     sites: list[SiteReport] = field(default_factory=list)
@@ -131,6 +133,7 @@ class Measure:
             seconds=round(seconds, 3),
             widths=found.report.widths,
             notes=found.report.notes,
+            compared=found.report.compared,
             checkpoint=checkpoint,
             removed=1 - sum(found.report.widths.values()) / total if total else 0.0,
             sites=found.report.sites,

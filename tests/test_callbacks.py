@@ -351,6 +351,7 @@ def place(tmp_path_factory):
     return place
 
 
+@pytest.mark.xdist_group("ranks")
 @pytest.mark.parametrize(("method", "replace"), [("merge", True), ("reconstruct", False)])
 def test_the_callback_after_training_on_two_ranks(method, replace, place):
     script = place / "training.py"

@@ -1,13 +1,14 @@
 """The documents' code runs as it stands there, and their pictures and links exist."""
 
+import importlib.util
 import re
 from contextlib import ExitStack
-from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+import setuptools
 
-from nm_lightning.compression.settings import KINDS
+from nm_lightning.compression.settings import Budget, Criterion, Method, Refinement
 from tests import ROOT
 
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
@@ -20,7 +21,7 @@ def test_code_blocks_run(page, in_tmp):
     assert len(blocks) >= 2
     names = {"__name__": page}
     with ExitStack() as stack:
-        for kind in KINDS:
+        for kind in (Method, Criterion, Budget, Refinement):
             stack.enter_context(patch.dict(kind.known))  # what a page adds goes again
         for number, block in enumerate(blocks):
             exec(compile(block, f"{page}.md, block {number}", "exec"), names)
@@ -38,7 +39,9 @@ def test_what_the_documents_call_exists():
     import compress
 
     text = "\n".join(page.read_text() for page in PAGES)
-    known = Path(compress.__file__).read_text() + "".join(p.read_text() for p in (ROOT / "benchmarks").glob("*.py"))
+    flags = [flag for action in compress.parser_of_flags()._actions for flag in action.option_strings]
+    known = " ".join(f'"{flag}"' for flag in flags)
+    known += "".join(path.read_text() for path in (ROOT / "benchmarks").glob("*.py"))
     known += (ROOT / "nm_lightning" / "cli" / "dashboard.py").read_text() + (ROOT / "train.py").read_text()
     theirs = {"nnodes", "nproc_per_node", "node_rank", "master_addr", "master_port", "seed_everything"}
     for flag in set(re.findall(r"(?<![\w-])--([a-z_]+)(?![\w.-])", text)) - theirs:
@@ -46,3 +49,17 @@ def test_what_the_documents_call_exists():
     targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     for target in re.findall(r"`make ([a-z]+)`", text):
         assert target in targets, target
+
+
+def test_the_flags_table_is_the_parsers():
+    """`python docs/flags.py` writes it."""
+    spec = importlib.util.spec_from_file_location("flags", ROOT / "docs" / "flags.py")
+    flags = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(flags)
+    assert flags.table() in (ROOT / "docs" / "compress.md").read_text()
+
+
+def test_a_wheel_holds_every_package():
+    found = setuptools.find_packages(str(ROOT), include=["nm_lightning*"])
+    listed = re.search(r"^packages = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE | re.DOTALL)[1]
+    assert sorted(re.findall(r'"(.*)"', listed)) == sorted([*found, "nm_lightning.configs"])

@@ -1,14 +1,21 @@
 """train.py: every config, resuming, learning, and what a checkpoint brings back."""
 
 import gzip
+from math import cos, pi
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from pytorch_lightning import Callback, Trainer
+from torch.nn import functional as F
 
 import train
+from nm_lightning.data.base import cutout
+from nm_lightning.data.small import crop_and_flip
+from nm_lightning.errors import InputError
 from nm_lightning.modules import ImageClassifier, evaluate
 from tests import ROOT
 from tests.datasets import idx, write_images
@@ -77,6 +84,130 @@ def test_training_resumes(in_tmp):
     assert resumed["global_step"] == steps // 2 * 3
 
 
+def test_one_cycle_rises_and_falls_step_by_step():
+    rates = []
+
+    class Watch(Callback):
+        def on_train_batch_start(self, trainer, *args):
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    quiet = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(max_epochs=4, callbacks=[Watch()], limit_val_batches=0, enable_model_summary=False, **quiet)
+    module = ImageClassifier("lenet_300_100", 10, (1, 8, 8), lr=0.5, schedule="one_cycle")
+    trainer.fit(module, train.build_data("digits", batch_size=64))
+    steps = 4 * 20
+    lowest, highest, last = 0.5 / 25, 0.5, 0.5 / 25 / 1e4
+    top = 0.3 * steps - 1
+    up = [highest + (lowest - highest) * (1 + cos(pi * step / top)) / 2 for step in range(24)]
+    down = [last + (highest - last) * (1 + cos(pi * (step - top) / (steps - 1 - top))) / 2 for step in range(24, steps)]
+    assert rates == pytest.approx(up + down, abs=1e-12)
+
+
+CYCLE = ["--model.schedule", "one_cycle", "--model.nesterov", "true", "--model.decay_all", "false"]
+CYCLE += ["--model.label_smoothing", "0.1", "--data.cutout", "3", "--trainer.max_epochs", "5"]
+
+
+def test_a_cycle_that_was_broken_off_ends_with_the_same_weights(in_tmp, monkeypatch):
+    digits(*CYCLE, "--experiment", "whole")
+
+    def power_cut(module):
+        if module.current_epoch == 3:
+            raise SystemExit
+
+    with monkeypatch.context() as context, pytest.raises(SystemExit):
+        context.setattr(ImageClassifier, "on_train_epoch_start", power_cut)
+        digits(*CYCLE, "--experiment", "parts")
+    assert torch.load("runs/parts/last.ckpt", weights_only=True)["epoch"] == 2
+    digits(*CYCLE, "--experiment", "parts", "--ckpt_path", "runs/parts/last.ckpt")
+    whole, parts = (torch.load(f"runs/{name}/last.ckpt", weights_only=True) for name in ("whole", "parts"))
+    assert parts["epoch"] == 4
+    assert all(torch.equal(value, parts["state_dict"][key]) for key, value in whole["state_dict"].items())
+
+
+def test_a_cycle_has_one_length(in_tmp, capsys):
+    digits(*CYCLE, "--trainer.max_epochs", "2")
+    with pytest.raises(SystemExit):
+        digits(*CYCLE, "--trainer.max_epochs", "3", "--ckpt_path", "runs/lenet_300_100_digits/last.ckpt")
+    assert "error: the checkpoint's cycle has 40 steps, not 60: give its max_epochs" in capsys.readouterr().err
+
+
+def test_norms_and_biases_are_not_decayed():
+    module = ImageClassifier("resnet20", 10, (3, 32, 32), weight_decay=0.1, decay_all=False)
+    groups = module.configure_optimizers()["optimizer"].param_groups
+    decay = {parameter: group["weight_decay"] for group in groups for parameter in group["params"]}
+    assert len(decay) == len(list(module.parameters()))
+    for layer in module.modules():
+        for name, parameter in layer.named_parameters(recurse=False):
+            weight = isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear)) and name == "weight"
+            assert decay[parameter] == (0.1 if weight else 0)
+
+
+def test_labels_are_smoothed_in_training_alone(monkeypatch):
+    module = ImageClassifier("lenet_300_100", 10, (1, 8, 8), label_smoothing=0.2)
+    losses = {}
+    monkeypatch.setattr(module, "log", lambda name, value, **how: losses.update({name: value}))
+    images, labels = torch.rand(16, 1, 8, 8), torch.arange(16) % 10
+    for step in (module.training_step, module.validation_step, module.test_step):
+        step((images, labels), 0)
+    logits = module(images)
+    smooth = 0.8 * F.cross_entropy(logits, labels) - 0.2 * logits.log_softmax(1).mean()
+    assert losses["train/loss"].item() == pytest.approx(smooth.item())
+    assert losses["val/loss"] == losses["test/loss"] == F.cross_entropy(logits, labels)
+
+
+def test_cutout_removes_one_square_of_each_training_image():
+    torch.manual_seed(0)
+    images = 1 + torch.rand(200, 3, 9, 7)
+    results = cutout(images, 4)
+    corners = set()
+    for image, result in zip(images, results, strict=True):
+        gone = (result == 0).all(0)
+        assert torch.equal(result, image * ~gone)
+        rows, columns = (gone.any(axis).nonzero().flatten().tolist() for axis in (1, 0))
+        for places, length in ((rows, 9), (columns, 7)):
+            assert places == list(range(places[0], places[-1] + 1))
+            assert len(places) == 4 or 0 in places or length - 1 in places
+        assert gone.sum() == len(rows) * len(columns) <= 16
+        corners.add((rows[-1], columns[-1]))
+    assert len(corners) > 40
+
+
+def test_training_images_alone_are_changed():
+    data = train.build_data("digits", cutout=4)
+    batch = torch.full((8, 1, 8, 8), 200, dtype=torch.uint8), torch.arange(8)
+    whole = data.normalise(batch[0])
+    for training in (True, False):
+        data.trainer = SimpleNamespace(training=training, lightning_module=None)
+        images, _ = data.on_after_batch_transfer(batch, 0)
+        assert torch.equal(images, whole) != training
+        assert ((images == whole) | ((images == 0) & torch.tensor(training))).all()
+
+
+def test_crops_reflect():
+    torch.manual_seed(0)
+    images = torch.randint(1, 256, (64, 3, 8, 8), dtype=torch.uint8)
+    results = crop_and_flip(images, crop="reflect")
+    assert results.dtype == torch.uint8
+    for image, result in zip(np.pad(images, [(0, 0), (0, 0), (4, 4), (4, 4)], mode="reflect"), results, strict=True):
+        windows = [image[:, top : top + 8, left : left + 8] for top in range(9) for left in range(9)]
+        assert any((window == view.numpy()).all() for window in windows for view in (result, result.flip(-1)))
+
+
+@pytest.mark.parametrize(
+    ("build", "settings", "says"),
+    [
+        (ImageClassifier, {"schedule": "cosine"}, "unknown schedule 'cosine'"),
+        (ImageClassifier, {"label_smoothing": 1.0}, "label_smoothing 1.0"),
+        (ImageClassifier, {"nesterov": True, "momentum": 0.0}, "nesterov needs a momentum"),
+        (train.build_data, {"crop": "mirror"}, "crop 'mirror'"),
+        (train.build_data, {"cutout": -1}, "cutout -1"),
+    ],
+)
+def test_bad_recipes_are_refused(build, settings, says):
+    with pytest.raises(InputError, match=says):
+        build(**settings)
+
+
 def test_last_is_the_last_epoch_whatever_the_best_was(in_tmp):
     digits("--trainer.max_epochs", "8", "--model.lr", "0", "--model.milestones", "[]")  # no epoch beats the first
     folder = Path("runs/lenet_300_100_digits")
@@ -105,6 +236,9 @@ def test_a_checkpoint_rebuilds_its_module(in_tmp):
         (["--config", "missing.yaml"], "missing.yaml"),
         (["--model.name", "vgg16"], "vgg16"),
         (["--model.widths", "[3]"], "widths [3]"),
+        (["--model.schedule", "cosine"], "unknown schedule 'cosine'"),
+        (["--model.schedule", "one_cycle", "--trainer.max_epochs", "-1"], "one_cycle needs an end"),
+        (["--data.crop", "mirror"], "crop 'mirror'"),
         (["--data.name", "imagenet"], "no imagenet images"),
         (["--ckpt_path", "missing.ckpt"], "'missing.ckpt' does not exist"),
         (["--ckpt_path", "text.ckpt"], "'text.ckpt' is truncated or not a PyTorch checkpoint"),

@@ -1,7 +1,7 @@
 """The house's one road: trace, choose, decompose, narrow, refine, report."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from nm_lightning.compression.report import Report
 from nm_lightning.compression.selection.budgets import choose
 from nm_lightning.compression.settings import Budget, Criterion, Method, Refinement
 from nm_lightning.compression.statistics.calibration import Calibration
+from nm_lightning.compression.statistics.proof import prove
 from nm_lightning.compression.statistics.ranks import Ranks
 from nm_lightning.compression.statistics.subject import Subject
 from nm_lightning.compression.structure.copies import plain_copy, unwrapped
@@ -93,12 +94,23 @@ class Compressor:
                 raise InputError(f"{name} {asked!r}: the network was traced and its images drawn for {known!r}")
         subject.calibration.check(recipe)
         subject.remarks = []
-        counts = recipe.budget.counts(subject)
-        keeps = subject.ranks.first(recipe.criterion.choose(subject, counts, recipe.method))
-        decomposition = recipe.method.decompose(subject, keeps)
+        counts, skipped = recipe.budget.counts(subject), dict(self.skipped)
+        while True:
+            keeps = subject.ranks.first(recipe.criterion.choose(subject, counts, recipe.method))
+            proof = prove(subject, keeps)
+            if not proof.blamed:
+                decomposition = recipe.method.decompose(subject, keeps)
+                if all(torch.equal(keep, keeps[name]) for name, keep in decomposition.keeps.items()):
+                    break
+                proof = prove(subject, decomposition.keeps)  # some methods choose for themselves
+                if not proof.blamed:
+                    break
+            skipped |= proof.blamed
+            subject = replace(subject, sites=[site for site in subject.sites if site.name not in proof.blamed])
+            counts = recipe.budget.counts(subject) if recipe.budget.looks else counts
         model, plan = narrow(subject.model, subject.sites, decomposition)
         rows = [decomposition.rows[site.name] for site in subject.sites]
-        report = Report(rows, dict(self.skipped), [*self.notes, *subject.remarks])
+        report = Report(rows, skipped, [*self.notes, *subject.remarks], str(proof))
         for refinement in recipe.then:
             assign(model, refinement.refine(subject, model, plan, report))
         subject.ranks.agree(model)

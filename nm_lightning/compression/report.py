@@ -30,11 +30,19 @@ class SiteReport:
 
 @dataclass
 class Report:
-    """All sites of one compression, the layers that could not be compressed with the reason, and further remarks."""
+    """All sites of one compression.
+
+    Attributes:
+        sites: a row for each.
+        skipped: the layers that were left alone, with the reason.
+        remarks: further ones.
+        compared: how the narrow network was compared with the masked wide one.
+    """
 
     sites: list[SiteReport] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
+    compared: str = ""
 
     @property
     def widths(self) -> dict[str, int]:

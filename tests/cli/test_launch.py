@@ -19,7 +19,7 @@ from tests import ROOT
 from tests.datasets import write_colours
 from tests.processes import environment, free_port
 
-pytestmark = pytest.mark.xdist_group("compress.py on ranks")  # they share `place`
+pytestmark = pytest.mark.xdist_group("ranks")  # they share `place`, and the processors
 TEST_IMAGES = 41  # two ranks can't share them evenly
 DATA = {"image_size": 16, "batch_size": 8, "num_workers": 0}
 FLAGS = ["--device", "cpu", "--method", "prune", "merge", "reconstruct", "--ratio", "0.5", "--calibration_size", "300"]

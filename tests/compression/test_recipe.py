@@ -95,7 +95,8 @@ def test_every_setting_goes_through_every_door(monkeypatch):
         assert own.metadata["help"] in flags[name].help
     flat = set().union(*(Recipe.of(**loose).flat() for loose, _ in LOOSE_AND_OBJECTS))
     assert flat == set(known), "the examples above leave none out"
-    given = given_settings(script.parse(["--threshold", "0.3", "--widths", "ip1=3", "--recalibrate_norm", "--refit", "2"]))
+    words = ["--threshold", "0.3", "--widths", "ip1=3", "--recalibrate_norm", "--refit", "2"]
+    given = given_settings(script.parse(words))
     assert given == {"threshold": 0.3, "widths": {"ip1": 3}, "recalibrate_norm": True, "refit": 2}
     assert len(inspect.signature(compress).parameters) <= 15
 

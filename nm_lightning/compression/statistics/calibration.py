@@ -70,6 +70,11 @@ class Calibration:
             )
         recipe.check_images(self.source)
 
+    @property
+    def gathered(self) -> bool:
+        """Whether there are images in memory."""
+        return "batches" in vars(self)
+
     @cached_property
     def batches(self) -> list[Tensor]:
         """This rank's images in batches.

@@ -7,7 +7,6 @@ computed and still needs is kept for the next stop while memory allows, and is c
 import functools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,21 +22,20 @@ from nm_lightning.compression.structure.sites import Site
 MEMORY = 2 << 30  # bytes of activations that one run keeps between two stops
 
 
-@dataclass
-class NarrowNorm:
+class NarrowNorm(nn.Module):
     """A normalisation over some channels only.
 
-    Attributes:
+    Args:
         layer: the narrow layer.
         axis: the channels' dimension in what it reads.
         stays: `(k,)`, the channels.
     """
 
-    layer: nn.Module
-    axis: int
-    stays: Tensor
+    def __init__(self, layer: nn.Module, axis: int, stays: Tensor):
+        super().__init__()
+        self.layer, self.axis, self.stays = layer, axis, stays
 
-    def __call__(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         """The narrow norm's output at its channels, zero at the others."""
         stays = self.stays.to(images.device)
         return torch.zeros_like(images).index_copy(self.axis, stays, self.layer(images.index_select(self.axis, stays)))

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from nm_lightning.compression.statistics.calibration import Calibration
@@ -47,6 +48,16 @@ class Subject:
     def ranks(self) -> Ranks:
         """The processes that compress together."""
         return self.calibration.ranks
+
+    def inputs(self, count: int) -> Tensor:
+        """A few calibration images where some are in memory; else drawn inputs, or the example's whole numbers."""
+        if self.calibration.gathered:
+            return self.batches[0][:count]
+        low = self.example.dtype in (torch.float16, torch.bfloat16)
+        example = (self.example.float() if low else self.example)[:count]
+        if not example.is_floating_point():
+            return example
+        return torch.randn(example.shape, generator=torch.Generator().manual_seed(self.seed)).to(example)
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:

@@ -1,14 +1,20 @@
 """Copies of a network: without wrappers, its weights plain tensors, in evaluation mode, or without data."""
 
 import copy
-from collections.abc import Iterator, Mapping
+import inspect
+import pickle
+import types
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize, prune
+from torch.utils import _pytree as pytree
 
+TORCHS = set(vars(nn.Module()))  # what every module has
 REMOVE = {"WeightNorm": nn.utils.remove_weight_norm, "SpectralNorm": nn.utils.remove_spectral_norm}  # hooks of old
 
 
@@ -26,29 +32,86 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def plain_copy(model: nn.Module) -> tuple[nn.Module, list[str]]:
     """A copy whose weights are plain tensors, and what was made plain for that.
 
-    It shares its tensors with the model, but for parametrised ones, which are made plain in memory of their own.
+    It shares its parameters and buffers with the model, but for parametrised ones, which have memory of their own.
     """
     if any(parametrize.is_parametrized(module) or _hooks(module) for module in model.modules()):
-        narrow = copy.deepcopy(model)
+        narrow = duplicate(model, copy.deepcopy)
         return narrow, _make_plain(narrow)
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}), []
+    return duplicate(model), []
 
 
 def evaluated(model: nn.Module) -> nn.Module:
     """A copy in evaluation mode, in at least float32; it shares the model's tensors where their dtype allows."""
     tensors = (*model.parameters(), *model.buffers())
     if any(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in tensors):
-        return copy.deepcopy(model).float().eval()
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors}).eval()
+        return duplicate(model, copy.deepcopy).float().eval()
+    return duplicate(model).eval()
 
 
 def without_data(model: nn.Module) -> nn.Module:
-    """A copy of a network on PyTorch's meta device: shapes without memory."""
-    memo = {}
-    for tensor in [*model.parameters(), *model.buffers()]:
+    """A copy of a network on PyTorch's meta device: shapes without memory; its hooks, which want data, are gone."""
+
+    def hollow(tensor: Tensor) -> Tensor:
         empty = torch.empty_like(tensor, device="meta")
-        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-    return copy.deepcopy(model, memo).to("meta")
+        return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+
+    result = duplicate(model, hollow).to("meta")
+    for module in result.modules():
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+    return result
+
+
+def duplicate(model: nn.Module, each: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> nn.Module:
+    """A copy that owns its forward: nothing in it runs the model's.
+
+    Tensors that are plain attributes are copied without their history, what can't be copied (a lock) is shared, and
+    hooks stay.
+
+    Args:
+        model: it is left as it is.
+        each: what a parameter or buffer becomes; by default the copy shares it.
+    """
+    memo: dict[int, Any] = {id(tensor): each(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    held = [value for module in model.modules() for name, value in vars(module).items() if name not in TORCHS]
+    for value in pytree.tree_leaves(held):
+        if isinstance(value, Tensor):  # of a weight that a hook computes, or an activation that a forward keeps
+            memo.setdefault(id(value), each(value.detach().clone()))
+    try:
+        result = copy.deepcopy(model, dict(memo))
+    except (TypeError, RuntimeError, NotImplementedError, pickle.PicklingError):
+        for value in held:
+            try:
+                copy.deepcopy(value, dict(memo))
+            except (TypeError, RuntimeError, NotImplementedError, pickle.PicklingError):
+                memo[id(value)] = value
+        result = copy.deepcopy(model, dict(memo))
+    twins = dict(zip(map(id, model.modules()), result.modules(), strict=True))
+    for module in result.modules():
+        for name, value in list(vars(module).items()):
+            if inspect.isroutine(value):
+                setattr(module, name, _rebound(value, twins))
+    return result
+
+
+def _rebound(function: Any, twins: Mapping[int, nn.Module]) -> Any:
+    """A function that hangs on a copied module, with the copies for the modules that it holds; not compiled."""
+    while hasattr(function, "_torchdynamo_orig_callable"):
+        function = function._torchdynamo_orig_callable
+    owner, inner = getattr(function, "__self__", None), getattr(function, "__func__", None)
+    if inner is not None:
+        return types.MethodType(inner, twins.get(id(owner), owner))
+    cells = getattr(function, "__closure__", None) or ()
+    held = [cell.cell_contents for cell in cells]
+    if not any(isinstance(value, nn.Module) or inspect.ismethod(value) for value in held):
+        return function
+    others = [_rebound(value, twins) if inspect.ismethod(value) else twins.get(id(value), value) for value in held]
+    made = types.FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__,
+        tuple(types.CellType(value) for value in others),
+    )  # fmt: skip
+    made.__kwdefaults__ = function.__kwdefaults__
+    return made
 
 
 @contextmanager

@@ -54,7 +54,6 @@ def shuffle(x, groups):
 
 
 IMAGE, TOKENS = (2, 3, 8, 8), (2, 5, 12)
-HEAD = {"fc": nn.Linear(12, 4)}
 
 
 def head(net, x):

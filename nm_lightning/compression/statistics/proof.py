@@ -1,0 +1,264 @@
+"""Every result proves itself: before weights are solved, the narrow network must say what the masked wide one says.
+
+The graph knows shapes, not values: code that looks at the size or the place of channels while it runs may fit, and yet
+say something else. So both networks are run on a few inputs and compared layer by layer, so that nothing hides behind
+a bias. Where they don't agree to rounding, the sites that are to blame are found by bisection.
+"""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from nm_lightning.compression.statistics.runs import narrow_norms
+from nm_lightning.compression.statistics.subject import Subject
+from nm_lightning.compression.structure.columns import silence
+from nm_lightning.compression.structure.copies import duplicate, evaluated, plain_copy
+from nm_lightning.compression.structure.decomposition import Decomposition, narrow
+from nm_lightning.compression.structure.operations import SOLVABLE, TRANSPOSED
+from nm_lightning.compression.structure.plan import named_tensors, replace_tensors
+from nm_lightning.compression.structure.sites import Site
+from nm_lightning.errors import InputError
+
+CLOSE = 1e-5  # of a layer's scale: float32 rounds no worse in most networks; what differs by more is run in float64,
+CLOSER = 1e-9  # where it must be this close
+FALLBACK = 1e-3  # for networks that can't be run in float64
+FEW = 2  # inputs are enough
+OUTPUT = "the network's output"
+
+
+@dataclass
+class Proof:
+    """What was compared.
+
+    Attributes:
+        inputs: how many.
+        real: whether they are calibration images; else they were drawn.
+        difference: the largest of any layer, as a share of its scale, with all sites that are not blamed.
+        blamed: by site, why it stays whole.
+    """
+
+    inputs: int = 0
+    real: bool = False
+    difference: float = 0.0
+    blamed: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """In a sentence."""
+        if not self.inputs:
+            return "nothing was removed"
+        kind = "calibration images" if self.real else "drawn inputs"
+        return (
+            f"before weights were solved, the narrow network said what the masked wide one says: on {self.inputs} "
+            f"{kind}, layer by layer, to {self.difference:.0e} of a layer's scale"
+        )
+
+
+@torch.no_grad()
+def prove(subject: Subject, keeps: Mapping[str, Tensor]) -> Proof:
+    """Compare the network narrowed to the survivors with the masked wide one; under ranks all get rank 0's verdict.
+
+    Raises:
+        InputError: the network does not accept the example.
+    """
+    shrinking = [site for site in subject.sites if len(keeps[site.name]) < site.width]
+    if not shrinking:
+        return Proof()
+    for inputs in (subject.inputs(FEW), subject.inputs(len(subject.example))):
+        proof = Proof(len(inputs), subject.calibration.gathered)
+        try:
+            _, proof.difference = _agreeing(subject, shrinking, keeps, inputs, proof.blamed)
+            return subject.ranks.first(proof)
+        except Refused as error:  # some networks want whole batches
+            refusal = error
+    name, shape = type(subject.model).__name__, tuple(subject.example.shape)
+    raise InputError(f"{name} rejects an input of shape {shape}: {refusal}") from refusal
+
+
+class Refused(Exception):
+    """The wide network does not accept an input."""
+
+
+def _agreeing(
+    subject: Subject, sites: Sequence[Site], keeps: Mapping[str, Tensor], inputs: Tensor, blamed: dict[str, str]
+) -> tuple[list[Site], float]:
+    """The sites that can be narrowed together, and how far apart the networks are then; the others go to `blamed`."""
+    apart, reason = difference(subject, sites, keeps, inputs)
+    if not reason:
+        return list(sites), apart
+    if len(sites) == 1:
+        blamed[sites[0].name] = reason
+        return [], 0.0
+    half = len(sites) // 2
+    first, apart = _agreeing(subject, sites[:half], keeps, inputs, blamed)
+    second, other = _agreeing(subject, sites[half:], keeps, inputs, blamed)
+    if not first or not second:
+        return first + second, max(apart, other)
+    together, reason = difference(subject, first + second, keeps, inputs)
+    if not reason:
+        return first + second, together
+    for site in second:  # each is right alone, but not with the others
+        together, reason = difference(subject, [*first, site], keeps, inputs)
+        if reason:
+            blamed[site.name] = reason
+        else:
+            first, apart = [*first, site], together
+    return first, apart
+
+
+def difference(
+    subject: Subject, sites: Sequence[Site], keeps: Mapping[str, Tensor], inputs: Tensor
+) -> tuple[float, str]:
+    """How far the narrow network is from the masked wide one, as a share of a layer's scale, and what that means.
+
+    The sentence is empty where they agree to rounding.
+    """
+    small, _ = narrow(subject.model, sites, Decomposition.pruned(sites, keeps))
+    small, wide = _ready(small), _ready(masked(subject.model, sites, keeps))
+    rows = _rows(sites, keeps)
+    try:
+        apart, place = _apart(small, wide, inputs, rows)
+        close = CLOSER if inputs.dtype == torch.float64 else CLOSE
+        if apart > close:
+            apart, place, close = _exactly(small, wide, inputs, rows) or (apart, place, FALLBACK)
+    except Refused:
+        raise
+    except Exception as error:  # whatever the user's forward raises where its numbers no longer fit
+        return float("inf"), f"the narrow network fails: {_first_line(error)}"
+    if apart <= close:
+        return apart, ""
+    far = "has another shape" if apart == float("inf") else f"is {apart:.1e} of its scale off"
+    return apart, f"narrowed, {place} {far} from what it is masked: does code read the number or the place of neurons?"
+
+
+def _exactly(
+    small: nn.Module, wide: nn.Module, inputs: Tensor, rows: Mapping[str, Tensor]
+) -> tuple[float, str, float] | None:
+    """The same in float64, and how close it must be; None where a forward has a dtype of its own."""
+    try:
+        exact = inputs.double() if inputs.is_floating_point() else inputs
+        return (*_apart(*(duplicate(each, copy.deepcopy).double() for each in (small, wide)), exact, rows), CLOSER)
+    except Exception:
+        return None
+
+
+def masked(model: nn.Module, sites: Sequence[Site], keeps: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of the wide network whose consumers read nothing from the removed neurons.
+
+    A normalisation that mixes channels is, as in the narrow network, over the survivors alone.
+    """
+    result, _ = plain_copy(model)
+    layers = dict(result.named_modules())
+    for site in sites:
+        for consumer in site.consumers:
+            stays, layer = consumer.stays(keeps[site.name]), layers.get(consumer.name)
+            if isinstance(layer, (*SOLVABLE, *TRANSPOSED)):
+                axis = -1 if isinstance(layer, nn.Linear) else 1 - layer.weight.ndim
+                layer.register_forward_pre_hook(partial(_silenced, ~stays, axis), with_kwargs=True)
+            else:
+                name = consumer.slots[0][0]
+                replace_tensors(result, {name: named_tensors(result)[name].detach().clone()})
+                silence(result, consumer, stays)
+    norms = narrow_norms(model, sites, keeps)
+    wide = {id(result.get_submodule(name)): norm for name, norm in norms.items()}
+    for module in list(result.modules()):
+        for name, child in module._modules.items():
+            module._modules[name] = wide.get(id(child), child)
+    return result
+
+
+def _silenced(gone: Tensor, axis: int, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """A layer's arguments with nothing where its input has removed neurons."""
+    index = gone.nonzero().flatten()
+
+    def quiet(value: Tensor) -> Tensor:
+        return value.index_fill(axis, index.to(value.device), 0)
+
+    return ((quiet(args[0]), *args[1:]), kwargs) if args else (args, kwargs | {"input": quiet(kwargs["input"])})
+
+
+def _ready(network: nn.Module) -> nn.Module:
+    """A network of our own in evaluation mode, in at least float32."""
+    low = any(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in named_tensors(network).values())
+    return evaluated(network) if low else network.eval()
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _rows(sites: Sequence[Site], keeps: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """By layer, which of its outputs' channels stay `(out,)`."""
+    found: dict[str, Tensor] = {}
+    for site in sites:
+        for member in (*site.producers, *site.passed):
+            found[member.name] = found.get(member.name, True) & member.stays(keeps[site.name])
+    return found
+
+
+def said(model: nn.Module, inputs: Tensor, hear: Callable[[str, Tensor], None]) -> None:
+    """Run a network, and tell what each of its layers says, and then it itself; random numbers are always the same."""
+
+    def tell(name: str, layer: nn.Module, args: tuple, output: Any) -> None:
+        if isinstance(output, Tensor):
+            axis = -1 if isinstance(layer, nn.Linear) else 1 - layer.weight.ndim
+            hear(name, output.detach().movedim(axis, -1))
+
+    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, (*SOLVABLE, *TRANSPOSED))]
+    handles = [layer.register_forward_hook(partial(tell, name)) for name, layer in layers]
+    try:
+        with torch.random.fork_rng([inputs.device] if inputs.is_cuda else []):
+            torch.manual_seed(0)
+            given = model(inputs.clone())
+    finally:
+        for handle in handles:
+            handle.remove()
+    for leaf in pytree.tree_leaves(given):
+        if isinstance(leaf, Tensor):
+            hear(OUTPUT, leaf)
+
+
+def _apart(small: nn.Module, wide: nn.Module, inputs: Tensor, rows: Mapping[str, Tensor]) -> tuple[float, str]:
+    """The largest difference as a share of each tensor's scale, and where the first of that kind is.
+
+    Infinite if shapes, calls or what is not finite differ.
+    """
+    wanted: list[tuple[str, Tensor]] = []
+
+    def note(name: str, value: Tensor) -> None:
+        stays = rows.get(name)
+        whole = stays is None or len(stays) != value.shape[-1]
+        wanted.append((name, value.clone() if whole else value[..., stays.to(value.device)]))  # it may be written into
+
+    try:
+        said(wide, inputs, note)
+    except Exception as error:
+        raise Refused(_first_line(error)) from error
+    ahead, worst, place = iter(wanted), 0.0, OUTPUT
+
+    def compare(name: str, value: Tensor) -> None:
+        nonlocal worst, place
+        other_name, other = next(ahead, ("", value))
+        own = _gap(value, other) if name == other_name and value.shape == other.shape else float("inf")
+        worst, place = max(worst, own), name if own > 10 * worst else place
+
+    said(small, inputs, compare)
+    return (worst, place) if next(ahead, None) is None else (float("inf"), OUTPUT)
+
+
+def _gap(value: Tensor, other: Tensor) -> float:
+    """The largest difference as a share of the scale; infinite if other entries are not finite."""
+    if not value.is_floating_point() or not value.numel():
+        return 0.0
+    gap, scale = (value - other).abs().max(), other.abs().max()
+    if not (gap + scale).isfinite():
+        finite = other.isfinite()
+        if not torch.equal(finite, value.isfinite()):
+            return float("inf")
+        gap, scale = ((each * 1).masked_fill(~finite, 0).abs().max() for each in (value - other, other))
+    return float(gap / scale.clamp(min=torch.finfo(value.dtype).tiny)) if gap > 0 else 0.0
