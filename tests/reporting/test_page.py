@@ -38,8 +38,8 @@ def test_the_page_in_a_browser(size, scheme, grid, browser):
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), "it scrolls sideways"
     drawn = page.evaluate("(e => [e.width, e.height])(document.querySelector('figure svg').getBoundingClientRect())")
     assert min(drawn) > 150
-    assert page.locator("figure > svg circle").count() == len(report["results"]) == 12
-    assert page.locator("figure > svg polyline").count() == 6
+    assert page.locator("figure > svg g[id^=curve] use").count() == len(report["results"]) == 12
+    assert page.locator("figure > svg g[id^=curve] > path").count() == 6
     assert page.locator("details[open] .layer").count() == 3  # the head and two layers
     text = page.inner_text("main")
     for row in report["results"]:

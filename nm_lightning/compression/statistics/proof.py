@@ -153,33 +153,18 @@ def masked(model: nn.Module, sites: Sequence[Site], keeps: Mapping[str, Tensor])
     A normalisation that mixes channels is, as in the narrow network, over the survivors alone.
     """
     result, _ = plain_copy(model)
-    layers = dict(result.named_modules())
+    tensors = named_tensors(result)
+    names = {consumer.slots[0][0] for site in sites for consumer in site.consumers}
+    replace_tensors(result, {name: tensors[name].detach().clone() for name in names})
     for site in sites:
         for consumer in site.consumers:
-            stays, layer = consumer.stays(keeps[site.name]), layers.get(consumer.name)
-            if isinstance(layer, (*SOLVABLE, *TRANSPOSED)):
-                axis = -1 if isinstance(layer, nn.Linear) else 1 - layer.weight.ndim
-                layer.register_forward_pre_hook(partial(_silenced, ~stays, axis), with_kwargs=True)
-            else:
-                name = consumer.slots[0][0]
-                replace_tensors(result, {name: named_tensors(result)[name].detach().clone()})
-                silence(result, consumer, stays)
+            silence(result, consumer, consumer.stays(keeps[site.name]))
     norms = narrow_norms(model, sites, keeps)
     wide = {id(result.get_submodule(name)): norm for name, norm in norms.items()}
     for module in list(result.modules()):
         for name, child in module._modules.items():
             module._modules[name] = wide.get(id(child), child)
     return result
-
-
-def _silenced(gone: Tensor, axis: int, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """A layer's arguments with nothing where its input has removed neurons."""
-    index = gone.nonzero().flatten()
-
-    def quiet(value: Tensor) -> Tensor:
-        return value.index_fill(axis, index.to(value.device), 0)
-
-    return ((quiet(args[0]), *args[1:]), kwargs) if args else (args, kwargs | {"input": quiet(kwargs["input"])})
 
 
 def _ready(network: nn.Module) -> nn.Module:
