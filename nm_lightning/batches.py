@@ -4,7 +4,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import is_dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from nm_lightning.errors import InputError

@@ -3,7 +3,6 @@
 import itertools
 import json
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,8 +19,8 @@ from nm_lightning.cli.launch import launch
 from nm_lightning.cli.sources import Source
 from nm_lightning.compression import CompressionResult, Compressor, Recipe
 from nm_lightning.compression.files.checkpoint import sha256, write
-from nm_lightning.compression.files.partial import alone, hold, reason, sweep
 from nm_lightning.compression.files.export import FORMATS, check_format, export
+from nm_lightning.compression.files.partial import alone, hold, reason, sweep
 from nm_lightning.compression.statistics.ranks import Ranks
 from nm_lightning.compression.structure.plan import compose, prefixed
 from nm_lightning.errors import InputError
@@ -197,8 +196,8 @@ def _appearing(output: Path) -> Iterator[Path]:
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with alone(output.parent):
-            others = sweep(output.parent, r"\..+\.[a-z0-9_]{8}\.partial")
-            if any(re.fullmatch(rf"\.{re.escape(output.name)}\.[a-z0-9_]{{8}}\.partial", other.name) for other in others):
+            others = [other.name.rpartition(".")[0] for other in sweep(output.parent, r"\..+\.[a-z0-9_]{8}\.partial")]
+            if f".{output.name}" in [other.rpartition(".")[0] for other in others]:
                 raise InputError(f"output {str(output)!r} is being written by another run: give another --output DIR")
             if output.exists() and not (output.is_dir() and os.access(output, os.W_OK)):
                 raise PermissionError("not a folder with write permission")

@@ -119,7 +119,7 @@ class Calibration:
         for batch in read(source):
             part, _ = inputs_and_labels(batch)
             if not isinstance(part, Tensor):
-                raise InputError(f"calibration gives a {type(batch).__name__}: give batches that hold a tensor of images")
+                raise InputError(f"calibration gives a {type(batch).__name__}: give batches with a tensor of images")
             parts.append(part)
             count += len(part)
             if count >= size:

@@ -96,7 +96,7 @@ def _read(model: nn.Module, example: Tensor) -> set[str]:
             with torch.no_grad(), Reads() as reads:
                 network(images)
             return reads.names(network)
-        except Exception:  # noqa: S112 - whatever the user's forward raises; the next copy has data
+        except Exception:  # whatever the user's forward raises; the next copy has data
             continue
     return {name for name, _ in model.named_parameters(remove_duplicate=False)}
 
