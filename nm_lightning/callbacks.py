@@ -20,7 +20,7 @@ from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor
 
 from nm_lightning.batches import hits, inputs_and_labels, logits_of
-from nm_lightning.compression import CompressionResult, Compressor, Criterion, Method, Recipe
+from nm_lightning.compression import CompressionResult, Compressor, Criterion, Distill, Method, Recipe
 from nm_lightning.compression.files.checkpoint import read, sha256, write
 from nm_lightning.compression.files.inert import plain_data
 from nm_lightning.compression.graph.trial import first_line
@@ -29,7 +29,7 @@ from nm_lightning.compression.settings import AUTO
 from nm_lightning.compression.statistics.calibration import Calibration, batch_length, check_size, share
 from nm_lightning.compression.statistics.predictions import check_logits
 from nm_lightning.compression.statistics.ranks import Ranks
-from nm_lightning.compression.structure.copies import make_plain, modes_kept, plain_copy
+from nm_lightning.compression.structure.copies import duplicate, make_plain, modes_kept, plain_copy
 from nm_lightning.compression.structure.decomposition import assign
 from nm_lightning.compression.structure.plan import Plan, apply_plan, compose, named_tensors
 from nm_lightning.compression.structure.unread import hanging
@@ -43,7 +43,6 @@ from nm_lightning.reporting.results import assemble, percent
 from nm_lightning.reporting.weights_and_biases import log_compression, summary, warn_instead
 from nm_lightning.steps import first_batch, logged, reads_of_training
 
-COMPILED = ("forward", "training_step", "validation_step", "test_step", "predict_step")  # what Lightning replaces
 SHARDED = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)  # no rank has the whole network
 
 
@@ -159,11 +158,13 @@ class NeuronMergeCallback(Callback):
         if not subject.sites:
             why = next((f": {name}: {why}" for name, why in compressor.skipped.items()), "")
             raise InputError(f"NeuronMergeCallback: nothing in {type(original).__name__} can be compressed{why}")
-        if not recipe.budget.looks:
-            recipe.budget.counts(subject)
-        if any(part.looks for part in (recipe.criterion, recipe.budget, *recipe.then)):
-            with torch.no_grad(), isolate_rng():
-                check_logits(subject.evaluated(as_read(example, subject.evaluated)))
+        recipe.budget.check(subject)
+        with torch.no_grad(), isolate_rng():
+            output = subject.evaluated(as_read(example, subject.evaluated))
+        if any(part.looks for part in (recipe.criterion, recipe.budget)) or any(
+            isinstance(each, Distill) for each in recipe.then
+        ):
+            check_logits(output)
         if self.calibration is not None:
             images, _ = inputs_and_labels(batch, *self.keys)
             data = images if isinstance(images, Tensor) else example
@@ -357,13 +358,10 @@ def is_auto(value: Any) -> bool:
 
 def _own(module: LightningModule) -> LightningModule:
     """A copy in memory of its own, neither compiled nor in the Trainer's hands."""
-    twin = copy.deepcopy(module)
-    for part, original in zip(twin.modules(), module.modules(), strict=True):
-        vars(part).pop("_compiled_call_impl", None)
-        if getattr(original, "_compiler_ctx", None) is not None:  # `fit(torch.compile(module))`
-            part._compiler_ctx = None
-            for name in COMPILED:
-                vars(part).pop(name, None)
+    twin = duplicate(module, copy.deepcopy)
+    for part in twin.modules():
+        vars(part).pop("_compiled_call_impl", None)  # `module.compile()`
+    twin._compiler_ctx = None  # `fit(torch.compile(module))`
     return twin
 
 

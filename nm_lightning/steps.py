@@ -101,9 +101,16 @@ def reads_of_training(
         batch: of the training set, on the module's device.
         trainer: that trains the original.
     """
-    with Reads() as reads:
-        if not module.automatic_optimization or _fails(module, batch, trainer):
-            return {}, set()  # it can't be tried by itself
+    if not module.automatic_optimization:
+        return {}, set()  # it can't be tried by itself
+    for images in (_few(batch), batch):
+        with Reads() as reads:
+            fails = _fails(module, images, trainer)
+        if not fails:
+            batch = images
+            break
+    else:
+        return {}, set()
 
     def says(some: Sequence[Site]) -> str:
         """Empty if the step works with half of the neurons of these sites."""
@@ -124,6 +131,17 @@ def reads_of_training(
         whole |= found
         rest = [site for site in rest if site.name not in found]
     return whole, reads.names(module)
+
+
+def _few(batch: Any, count: int = 2) -> Any:
+    """The first images of a batch, and what goes with them: of all tensors as long as the first, the first entries."""
+    tensors = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim]
+    length = len(tensors[0]) if tensors else 0
+
+    def cut(leaf: Any) -> Any:
+        return leaf[:count] if isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == length else leaf
+
+    return pytree.tree_map(cut, batch)
 
 
 def _half(site: Site) -> Tensor:

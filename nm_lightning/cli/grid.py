@@ -105,8 +105,7 @@ def run_grid(source: Source, grid: Grid, output: Path, fabric: Fabric, command: 
         check_format(name_of_format)
     for recipe in recipes:
         recipe.check_images(grid.calibration)
-        if not recipe.budget.looks:
-            recipe.budget.counts(compressor.subject)
+        recipe.budget.check(compressor.subject)
 
     launch(fabric)
     ranks = Ranks(fabric.strategy)
