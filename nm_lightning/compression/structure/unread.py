@@ -166,23 +166,32 @@ def follow(model: nn.Module, plan: Plan, copies: Mapping[str, str]) -> Plan:
     """Narrow the copies in a network as what they are of, give them its values, in place; returns the whole plan."""
     if not copies:
         return plan
-    more = {
-        part: {
-            f"{twin}{name.removeprefix(of)}": value
-            for twin, of in copies.items()
-            for name, value in entries.items()
-            if _within(name, [of])
-        }
-        for part, entries in plan.items()
-    }
-    apply_plan(model, more)
     tensors = named_tensors(model)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    slices = {id(tensors[name]): steps for name, steps in plan.get("slices", {}).items()}  # it may have other names
+    more: Plan = {"slices": {}, "attributes": {}, "biases": {}}
+    for twin, of in copies.items():
+        for name, tensor in tensors.items():
+            if _within(name, [of]) and id(tensor) in slices:
+                more["slices"][f"{twin}{name.removeprefix(of)}"] = slices[id(tensor)]
+        for name, module in modules.items():
+            if _within(name, [of]):
+                here = f"{twin}{name.removeprefix(of)}"
+                for path, length in plan.get("attributes", {}).items():
+                    layer, _, attribute = path.rpartition(".")
+                    if modules[layer] is module:
+                        more["attributes"][f"{here}.{attribute}"] = length
+                for layer, length in plan.get("biases", {}).items():
+                    if modules[layer] is module:
+                        more["biases"][here] = length
+    apply_plan(model, more)
+    twins = named_tensors(model)
     with torch.no_grad():
         for twin, of in copies.items():
             for name, tensor in tensors.items():
                 if _within(name, [of]):
-                    tensors[f"{twin}{name.removeprefix(of)}"].copy_(tensor)
-    return {part: entries | more[part] for part, entries in plan.items()}
+                    twins[f"{twin}{name.removeprefix(of)}"].copy_(tensor)
+    return {part: plan.get(part, {}) | entries for part, entries in more.items() if entries or part in plan}
 
 
 def _within(name: str, parts: Any) -> bool:
