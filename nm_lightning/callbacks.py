@@ -1,7 +1,9 @@
 """The Lightning side of compression: a callback that compresses when training ends, and logs what it cost."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +14,34 @@ from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from pytorch_lightning.strategies.launchers import _MultiProcessingLauncher
 from pytorch_lightning.trainer.states import RunningStage
-from pytorch_lightning.utilities import rank_zero_info
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from pytorch_lightning.utilities.model_helpers import is_overridden
+from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor
 
-from nm_lightning.compression import CompressionResult, Compressor, Criterion, Method, Recipe
-from nm_lightning.compression.files.checkpoint import load_weights, read, sha256, write
+from nm_lightning.batches import hits, inputs_and_labels, logits_of
+from nm_lightning.compression import CompressionResult, Compressor, Criterion, Distill, Method, Recipe
+from nm_lightning.compression.files.checkpoint import read, sha256, write
+from nm_lightning.compression.files.inert import plain_data
+from nm_lightning.compression.graph.trial import first_line
 from nm_lightning.compression.recipe import takes_settings
 from nm_lightning.compression.settings import AUTO
-from nm_lightning.compression.statistics.calibration import batch_length, check_size, share
+from nm_lightning.compression.statistics.calibration import Calibration, batch_length, check_size, share
+from nm_lightning.compression.statistics.predictions import check_logits
 from nm_lightning.compression.statistics.ranks import Ranks
-from nm_lightning.compression.structure.plan import compose
+from nm_lightning.compression.structure.copies import duplicate, make_plain, modes_kept, plain_copy
+from nm_lightning.compression.structure.decomposition import assign
+from nm_lightning.compression.structure.plan import Plan, apply_plan, compose, named_tensors
+from nm_lightning.compression.structure.unread import hanging
 from nm_lightning.data import ImageData
 from nm_lightning.errors import InputError
-from nm_lightning.measure import Baseline, Measure, Result
+from nm_lightning.measure import Baseline, Measure, Result, as_read, dealt, on_device
 from nm_lightning.modules import ImageClassifier
 from nm_lightning.presets import filled
 from nm_lightning.reporting.files import write_report
 from nm_lightning.reporting.results import assemble, percent
 from nm_lightning.reporting.weights_and_biases import log_compression, summary, warn_instead
+from nm_lightning.steps import first_batch, logged, reads_of_training
 
 SHARDED = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)  # no rank has the whole network
 
@@ -60,6 +71,9 @@ class NeuronMergeCallback(Callback):
             it on.
         filename: of the checkpoint, beside the best one.
         recipe: all about the compression in one, instead of method, criterion and settings.
+        input_key: of the images in a batch: a name, or a place in a tuple; None for `image`, `images`, `pixel_values`,
+            `input`, `inputs` or `x`, and the first of a tuple.
+        label_key: of the class labels; None for `label`, `labels`, `target`, `targets` or `y`, and the second.
         settings: see there.
 
     Attributes:
@@ -80,6 +94,8 @@ class NeuronMergeCallback(Callback):
         replace: bool = False,
         filename: str = "compressed.ckpt",
         recipe: Recipe | None = None,
+        input_key: str | int | None = None,
+        label_key: str | int | None = None,
         **settings: Any,
     ):
         self.given = {name: value for name, value in (settings | {"ratio": ratio}).items() if not is_auto(value)}
@@ -91,7 +107,8 @@ class NeuronMergeCallback(Callback):
         self.calibration = calibration if asked.looks else None
         check_size(asked.calibration_size)
         self.calibration_size = asked.calibration_size
-        self.replace, self.filename = replace, filename
+        self.replace, self.filename, self.keys = replace, filename, (input_key, label_key)
+        self.whole: dict[str, str] | None = None  # sites that stay so, as was found before training
         self.result: CompressionResult | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -111,13 +128,54 @@ class NeuronMergeCallback(Callback):
         if self.calibration is not None:
             check_size(self.calibration_size, Ranks(strategy))
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Trace, plan, and look at a batch: a refusal comes now."""
+        self.whole = None
+        with _stage(trainer, RunningStage.VALIDATING):
+            original = _own(pl_module)
+            batch = _first(trainer, pl_module, trainer.train_dataloader)
+            inputs, _ = inputs_and_labels(batch, *self.keys)
+            if batch is not None or isinstance(original.example_input_array, Tensor):
+                self.whole = self._rehearse(trainer, original, _example(original, inputs), batch)
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compress; the Trainer has torn its loops down, its loggers are still open."""
-        stage, trainer.state.stage = trainer.state.stage, RunningStage.TESTING  # data modules augment while they train
-        try:
+        with _stage(trainer, RunningStage.TESTING):  # data modules augment while they train
             self._compress(trainer, pl_module)
-        finally:
-            trainer.state.stage = stage
+
+    def _rehearse(self, trainer: Trainer, original: LightningModule, example: Tensor, batch: Any) -> dict[str, str]:
+        """Do all that can fail but training and compression; returns the sites that stay whole, with the reason.
+
+        Args:
+            trainer: that trains.
+            original: a copy of its module; not needed any more.
+            example: an input.
+            batch: of training, on the device; None where there is none to look at.
+        """
+        ranks, recipe = Ranks(trainer.strategy), self._recipe(original, trainer.datamodule)
+        compressor = Compressor(original, example, recipe, whole={})
+        subject = compressor.subject
+        if not subject.sites:
+            why = next((f": {name}: {why}" for name, why in compressor.skipped.items()), "")
+            raise InputError(f"NeuronMergeCallback: nothing in {type(original).__name__} can be compressed{why}")
+        recipe.budget.check(subject)
+        with torch.no_grad(), isolate_rng():
+            output = subject.evaluated(as_read(example, subject.evaluated))
+        if any(part.looks for part in (recipe.criterion, recipe.budget)) or any(
+            isinstance(each, Distill) for each in recipe.then
+        ):
+            check_logits(output)
+        if self.calibration is not None:
+            images, _ = inputs_and_labels(batch, *self.keys)
+            data = images if isinstance(images, Tensor) else example
+            given = data if self.calibration == "data" else self.calibration
+            Calibration(given, example, 1 if isinstance(given, str) else len(given)).batches  # noqa: B018 - it looks
+        if batch is None:
+            return dict(Compressor(original, example, recipe).unread.whole)
+        plain, _ = plain_copy(original)
+        whole, read = reads_of_training(plain, subject.sites, batch, trainer)
+        unseen = [name for name in compressor.unread.parameters if name not in read]
+        return ranks.first(hanging(plain, unseen, compressor.unread.copies, subject.sites) | whole)
 
     def _recipe(self, module: LightningModule, data: Any) -> Recipe:
         """What was asked for; of our own networks and data sets, with the paper's settings for all that was not."""
@@ -132,27 +190,51 @@ class NeuronMergeCallback(Callback):
 
     def _compress(self, trainer: Trainer, pl_module: LightningModule) -> None:
         ranks = Ranks(trainer.strategy)
-        original = copy.deepcopy(pl_module)
+        original, notes = _own(pl_module), []
         best = getattr(trainer.checkpoint_callback, "best_model_path", "")
-        if trainer.is_global_zero and best and Path(best).is_file():
-            load_weights(original, read(best)["state_dict"], best)
+        if trainer.is_global_zero and best:
+            notes += _load_best(original, best)
         device = trainer.strategy.root_device
         original.to(device)
         ranks.agree(original)
 
-        data, loader = trainer.datamodule, _test_loader(trainer)
-        example, labelled = _example(original, data, loader, device)
+        data = trainer.datamodule
+        loader, stage, batch, labelled = self._test_data(trainer, pl_module, original)
+        example = _example(original, inputs_and_labels(batch, *self.keys)[0])
         recipe = self._recipe(original, data)
+        if self.whole is None:
+            self.whole = self._rehearse(trainer, _own(original), example, None)
         calibration = self.calibration
         if isinstance(calibration, str) and calibration == "data":
-            calibration = _unlabelled(original, trainer, device, recipe.calibration_size, ranks)
+            calibration = self._unlabelled(pl_module, trainer, device, recipe.calibration_size, ranks)
         elif isinstance(calibration, Tensor):
             images = calibration[: recipe.calibration_size]
             calibration = share(images, batch_length(images.shape[1:]), ranks)
-        measure = Measure(example, loader if labelled else None, data, ranks)
-        compressor = Compressor(original, example, recipe, calibration, trainer.strategy)
+        hooks = _hooks(trainer, pl_module)
+
+        def own(model: LightningModule) -> dict[str, float]:
+            if labelled or not stage:
+                return {}
+            try:
+                return logged(model, stage, on_device(dealt(loader, ranks), hooks, device), trainer, ranks)
+            except Exception as error:  # whatever the user's step raises; the network is compressed all the same
+                notes.append(f"{stage}_step fails by itself, its metrics are left out: {first_line(error)}")
+                return {}
+
+        measure = Measure(example, loader if labelled else None, hooks, ranks, keys=self.keys, own=own)
+        compressor = Compressor(original, example, recipe, calibration, trainer.strategy, self.whole)
         before = measure.original(original)
         self.result, row = measure.compressed(compressor, recipe, self.filename)
+        more, hparams = {}, {"hyper_parameters": pl_module.hparams}
+        if data is not None:
+            hparams["datamodule_hyper_parameters"] = data.hparams
+        for name, values in hparams.items():
+            more[name], left_out = plain_data(values)
+            notes += [f"{name}: {each} is no plain data, and left out of the checkpoint" for each in left_out]
+        if not labelled and not row.logged:
+            notes.append("accuracy was not measured: it needs batches of inputs and class labels, and logits")
+        row.notes += notes
+        self.result.report.remarks += notes
         report = self._report(trainer, original, before, row)
         metrics = summary(report)
 
@@ -161,21 +243,67 @@ class NeuronMergeCallback(Callback):
         saved = trainer.is_global_zero and not trainer.fast_dev_run
         if saved:
             state = {name: value.cpu() for name, value in self.result.model.state_dict().items()}
-            more = {"hyper_parameters": dict(pl_module.hparams)}
-            if data is not None:
-                more["datamodule_hyper_parameters"] = dict(data.hparams)
-            write(folder / self.filename, state, plan, recipe, **more)
-            write_report(folder / Path(self.filename).stem, report)
+            if getattr(pl_module, "_hparams_name", None):
+                more["hparams_name"] = pl_module._hparams_name
+            try:
+                write(folder / self.filename, state, plan, recipe, **more)
+                write_report(folder / Path(self.filename).stem, report)
+            except (InputError, OSError) as error:  # the training is done, and other ranks go on
+                saved = False
+                rank_zero_warn(f"NeuronMergeCallback: {first_line(error)}; the callback's result holds the network")
         self._log(trainer, report, metrics, folder if saved else None, Path(best) if best else None)
         if self.replace:
-            narrow = self.result.model.to(pl_module.device)
-            for name, child in narrow._modules.items():  # aliases too
-                setattr(pl_module, name, child)
+            _become(pl_module, self.result.model, self.result.plan)
             pl_module.compression_plan = plan
             for checkpoints in trainer.checkpoint_callbacks:  # what they kept is wide
                 if isinstance(checkpoints, ModelCheckpoint):
                     checkpoints.best_k_models, checkpoints.best_model_score = {}, None
-                    checkpoints.best_model_path = "" if trainer.fast_dev_run else str(folder / self.filename)
+                    checkpoints.best_model_path = str(folder / self.filename) if saved else ""
+
+    def _test_data(
+        self, trainer: Trainer, pl_module: LightningModule, original: LightningModule
+    ) -> tuple[Any, str, Any, bool]:
+        """What to measure by: the first of test, validation and training data whose batches have class labels.
+
+        Returns:
+            The loader, the module's step for its batches if it has one, its first batch, and whether accuracy can be
+            told. Where it can't, the first loader with a step, or any.
+        """
+        found = []
+        for stage, loader in _loaders(trainer):
+            batch = _first(trainer, pl_module, loader)
+            inputs, labels = inputs_and_labels(batch, *self.keys)
+            stage = stage if is_overridden(f"{stage}_step", original, LightningModule) and stage != "train" else ""
+            if isinstance(inputs, Tensor):
+                with torch.no_grad(), isolate_rng(), modes_kept(original):
+                    logits = logits_of(original.eval()(as_read(inputs, original)))
+                if hits(logits, labels) is not None:
+                    return loader, stage, batch, True
+            found.append((loader, stage, batch, False))
+        if not found:
+            raise InputError("NeuronMergeCallback needs data: there is no loader of test, validation or training data")
+        return next((one for one in found if one[1]), found[0])
+
+    def _unlabelled(
+        self, pl_module: LightningModule, trainer: Trainer, device: torch.device, size: int, ranks: Ranks
+    ) -> Tensor:
+        """A rank's share of training images: of our data modules without augmentation, of others as they load."""
+        data = trainer.datamodule
+        if isinstance(data, ImageData):
+            return data.calibration_images("data", size, ranks=ranks).to(device)
+        parts, count = [], 0
+        size = -(-size // ranks.size)
+        for batch in on_device(_only(trainer.train_dataloader), _hooks(trainer, pl_module), device):
+            inputs, _ = inputs_and_labels(batch, *self.keys)
+            if not isinstance(inputs, Tensor):
+                raise InputError(
+                    "NeuronMergeCallback: batches hold no tensor of inputs: give input_key, or calibration"
+                )
+            parts.append(inputs)
+            count += len(inputs)
+            if count >= size:
+                break
+        return torch.cat(parts)[:size].to(pl_module.dtype)
 
     def _log(
         self, trainer: Trainer, report: dict, metrics: Mapping[str, float], folder: Path | None, best: Path | None
@@ -194,6 +322,10 @@ class NeuronMergeCallback(Callback):
             else:
                 logger.log_metrics(metrics, step=trainer.global_step)
         accuracy = "not measured, as it needs batches of inputs and class labels"
+        own = report["results"][0]["logged"]
+        if own:
+            before = report["baseline"]["logged"]
+            accuracy += "".join(f", {name} {before.get(name, nan):.4g} to {value:.4g}" for name, value in own.items())
         if "accuracy/after" in metrics:
             accuracy = f"{percent(metrics['accuracy/before'])} % to {percent(metrics['accuracy/after'])} %"
         rank_zero_info(
@@ -224,51 +356,91 @@ def is_auto(value: Any) -> bool:
     return isinstance(value, str) and value == AUTO
 
 
-def _unlabelled(module: LightningModule, trainer: Trainer, device: torch.device, size: int, ranks: Ranks) -> Tensor:
-    """A rank's share of training images: of our data modules without augmentation, of others as they load."""
+def _own(module: LightningModule) -> LightningModule:
+    """A copy in memory of its own, neither compiled nor in the Trainer's hands."""
+    twin = duplicate(module, copy.deepcopy)
+    for part in twin.modules():
+        vars(part).pop("_compiled_call_impl", None)  # `module.compile()`
+    twin._compiler_ctx = None  # `fit(torch.compile(module))`
+    return twin
+
+
+def _become(module: LightningModule, narrow: LightningModule, plan: Plan) -> None:
+    """Make a wide module what its narrow copy is, in place: all that hangs on it stays its own."""
+    make_plain(module)
+    with torch.no_grad():
+        apply_plan(module, plan)
+        assign(module, named_tensors(narrow))
+
+
+def _load_best(module: LightningModule, path: str) -> list[str]:
+    """Take the best weights, or say why those at the end of training are taken."""
+    try:
+        content = read(path)
+        module.on_load_checkpoint(content)
+        module.load_state_dict(content["state_dict"], strict=module.strict_loading)
+    except Exception as error:  # a file that has gone, or whatever the user's hook raises
+        return [f"the weights are those at the end of training: {Path(path).name} can't be loaded: {first_line(error)}"]
+    return []
+
+
+@contextmanager
+def _stage(trainer: Trainer, stage: RunningStage) -> Iterator[None]:
+    """The Trainer says that it is in another stage."""
+    before, trainer.state.stage = trainer.state.stage, stage
+    try:
+        yield
+    finally:
+        trainer.state.stage = before
+
+
+def _only(loader: Any) -> Any:
+    """The first of several loaders."""
+    while isinstance(loader, (list, tuple, Mapping)):
+        loader = next(iter(loader.values() if isinstance(loader, Mapping) else loader), None)
+    return loader
+
+
+def _loaders(trainer: Trainer) -> Iterator[tuple[str, Any]]:
+    """Those of test, validation and training data, as far as there are any, each with the name of its step."""
     data = trainer.datamodule
-    if isinstance(data, ImageData):
-        return data.calibration_images("data", size, ranks=ranks).to(device)
-    batches, count = [], 0
-    size = -(-size // ranks.size)
-    for batch in trainer.train_dataloader:
-        inputs = batch[0] if isinstance(batch, (list, tuple)) else batch
-        if not isinstance(inputs, Tensor):
-            raise InputError("NeuronMergeCallback: batches hold no tensor of inputs; give calibration a tensor")
-        batches.append(inputs.to(device))
-        if data is not None and isinstance(batch, (list, tuple)) and len(batch) == 2:
-            batches[-1], _ = data.on_after_batch_transfer((batches[-1], batch[1].to(device)), 0)
-        count += len(inputs)
-        if count >= size:
-            break
-    return torch.cat(batches)[:size].to(module.dtype)
+    if data is not None and is_overridden("test_dataloader", data, LightningDataModule):
+        try:
+            data.setup("test")
+            yield "test", _only(data.test_dataloader())
+        except Exception as error:  # a test set that is not there; there are others
+            rank_zero_warn(f"NeuronMergeCallback: no test data, as {type(data).__name__} says: {first_line(error)}")
+    if data is not None and is_overridden("val_dataloader", data, LightningDataModule):
+        data.setup("validate")
+        yield "validation", _only(data.val_dataloader())
+    elif trainer.val_dataloaders is not None:
+        yield "validation", _only(trainer.val_dataloaders)
+    if trainer.train_dataloader is not None:
+        yield "train", _only(trainer.train_dataloader)
 
 
-def _test_loader(trainer: Trainer) -> Any:
-    """The test set's loader; where there is none the validation set's, or else the training set's."""
+def _hooks(trainer: Trainer, module: LightningModule) -> Any:
+    """Whose batch hooks apply: the data module's where it has any, else the module's."""
     data = trainer.datamodule
-    if data is None:
-        loader = trainer.val_dataloaders
-        loader = loader[0] if isinstance(loader, (list, tuple)) and loader else loader
-        return trainer.train_dataloader if loader is None or isinstance(loader, (list, tuple)) else loader
-    for stage, hook in (("test", "test_dataloader"), ("validate", "val_dataloader"), ("fit", "train_dataloader")):
-        if is_overridden(hook, data, LightningDataModule):
-            data.setup(stage)
-            loader = getattr(data, hook)()
-            return loader[0] if isinstance(loader, (list, tuple)) else loader
-    raise InputError(f"NeuronMergeCallback needs data: {type(data).__name__} has no loader")
+    names = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+    own = data is not None and any(is_overridden(name, data, LightningDataModule) for name in names)
+    return data if own else module
 
 
-def _example(module: LightningModule, data: Any, loader: Any, device: torch.device) -> tuple[Tensor, bool]:
-    """One input for tracing (the module's own, or the loader's first), and whether batches have class labels."""
-    batch = next(iter(loader))
-    pair = isinstance(batch, (list, tuple)) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch)
-    labelled = pair and batch[1].ndim == 1 and not batch[1].is_floating_point()
-    if isinstance(module.example_input_array, Tensor):
-        return module.example_input_array.to(device), labelled
-    if not pair:
-        raise InputError("NeuronMergeCallback: batches are no (inputs, labels); set the module's example_input_array")
-    images, labels = (part.to(device) for part in batch)
-    if data is not None:
-        images, _ = data.on_after_batch_transfer((images, labels), 0)
-    return images[:1].to(module.dtype) if images.is_floating_point() else images[:1], labelled
+def _first(trainer: Trainer, module: LightningModule, loader: Any) -> Any:
+    """A loader's first batch on the device; None where it can't be had."""
+    batch = first_batch(_only(loader))
+    device = trainer.strategy.root_device
+    return None if batch is None else next(on_device([batch], _hooks(trainer, module), device))
+
+
+def _example(module: LightningModule, inputs: Any) -> Tensor:
+    """One input for tracing: the module's own, or a batch's first."""
+    given = module.example_input_array
+    if isinstance(given, Tensor):
+        return given.to(module.device)
+    if not isinstance(inputs, Tensor) or not inputs.ndim:
+        raise InputError(
+            "NeuronMergeCallback: batches hold no tensor of inputs: give input_key, or set example_input_array"
+        )
+    return as_read(inputs[:1], module)

@@ -3,21 +3,23 @@
 import itertools
 import time
 import timeit
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from pytorch_lightning import LightningDataModule
+from lightning_fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 from torch.utils.data.distributed import DistributedSampler
 
+from nm_lightning.batches import Key, hits, inputs_and_labels, logits_of, read, threshold_of
 from nm_lightning.compression import CompressionResult, Compressor, Recipe, Site, SiteReport, cost
 from nm_lightning.compression.statistics.ranks import ALONE, Ranks
 from nm_lightning.compression.structure.copies import modes_kept
 from nm_lightning.compression.structure.vectors import neuron_vectors
+from nm_lightning.errors import InputError
 from nm_lightning.progress import progress
 
 KEPT = ("num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context")
@@ -36,12 +38,16 @@ class Latency:
 
 @dataclass
 class Baseline:
-    """The original network: accuracy (a fraction, None without labels), parameters, and MACs for one image."""
+    """The original network: accuracy (a fraction, None without labels), parameters, and MACs for one image.
+
+    `logged` is what its own steps log, where accuracy can't be told.
+    """
 
     accuracy: float | None
     parameters: int
     macs: int
     latency: list[Latency] = field(default_factory=list)
+    logged: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -66,6 +72,7 @@ class Result:
         similarity: of the removed neurons' largest cosines with a survivor, how many fall into each of 20 equal bins
             from -1 to 1.
         latency: at each batch size, where it was measured.
+        logged: by its own steps, where accuracy can't be told.
     """
 
     method: str
@@ -84,6 +91,7 @@ class Result:
     sites: list[SiteReport] = field(default_factory=list)
     similarity: list[int] = field(default_factory=list)
     latency: list[Latency] = field(default_factory=list)
+    logged: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -93,21 +101,27 @@ class Measure:
     Attributes:
         example: a batch that the networks accept, on their device.
         loader: of the test set; None where there are no inputs with class labels.
-        data: the data module whose batch hooks apply.
+        data: whose batch hooks apply: a data module or a LightningModule.
         ranks: the processes that measure together.
         timed: whether latency is measured, too.
+        keys: of images and labels in a batch, where they have no name that is known.
+        own: what a network's own steps log, where there is no accuracy.
     """
 
     example: Tensor
     loader: Iterable | None
-    data: LightningDataModule | None = None
+    data: Any = None
     ranks: Ranks = ALONE
     timed: bool = False
+    keys: tuple[Key, Key] = (None, None)
+    own: Callable[[nn.Module], dict[str, float]] = lambda model: {}
 
     def original(self, model: nn.Module) -> Baseline:
         """Of the network as it was."""
         size = cost(model, self.example)
-        return Baseline(self._accuracy(model, "original"), size.parameters, size.macs, self._latency(model))
+        return Baseline(
+            self._accuracy(model, "original"), size.parameters, size.macs, self._latency(model), self.own(model)
+        )
 
     def compressed(self, compressor: Compressor, recipe: Recipe, checkpoint: str) -> tuple[CompressionResult, Result]:
         """Compress, and measure what comes of it.
@@ -139,12 +153,13 @@ class Measure:
             sites=found.report.sites,
             similarity=similarity(compressor.subject.tensors, found.sites, found.keep),
             latency=self._latency(found.model),
+            logged=self.own(found.model),
         )
 
     def _accuracy(self, model: nn.Module, title: str) -> float | None:
         if self.loader is None:
             return None
-        return evaluate(model, self.loader, self.data, self.example.device, title, self.ranks)
+        return evaluate(model, self.loader, self.data, self.example.device, title, self.ranks, self.keys)
 
     def _latency(self, model: nn.Module) -> list[Latency]:
         return latency(model, self.example) if self.timed else []
@@ -152,39 +167,70 @@ class Measure:
 
 def evaluate(
     model: nn.Module,
-    loader: Iterable[tuple[Tensor, Tensor]],
-    data: LightningDataModule | None = None,
+    loader: Iterable,
+    data: Any = None,
     device: torch.device | str = "cpu",
     description: str = "evaluating",
     ranks: Ranks = ALONE,
+    keys: tuple[Key, Key] = (None, None),
 ) -> float:
-    """The share of images whose largest logit is their label's.
+    """The share of images whose class is their label's: by the largest logit, or by the sign of a single one.
 
     Args:
-        model: maps images `(N, ...)` to logits `(N, classes)`; its mode is restored.
-        loader: batches of images and labels.
-        data: the data module whose batch hooks apply, such as normalisation on the device.
+        model: maps images `(N, ...)` to logits, see `logits_of`; its mode is restored.
+        loader: batches of images and labels, see `inputs_and_labels`.
+        data: whose batch hooks apply, such as normalisation on the device: a data module or a LightningModule.
         device: where to compute.
         description: what the progress bar says.
         ranks: the processes that evaluate together; they all have the same loader.
+        keys: of the images and the labels in a batch, where they have no name that is known.
 
     Returns:
         A fraction, exact to the image: over several ranks too, each image counts once.
+
+    Raises:
+        InputError: these are no logits and class labels, or the data set has changed.
     """
     correct = total = 0
-    dtype = next((parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()), None)
+    threshold = None
     model.to(device)  # out of inference mode, where it would make inference tensors of the parameters
     with modes_kept(model), torch.inference_mode():
         model.eval()
-        for batch in progress(dealt(loader, ranks), description):
-            images, labels = (part.to(device) for part in batch)
-            if data is not None:
-                images, labels = data.on_after_batch_transfer((images, labels), 0)
-            images = images.to(dtype) if images.is_floating_point() else images
-            correct += int((model(images).argmax(dim=1) == labels).sum())
-            total += len(labels)
+        for batch in on_device(progress(dealt(loader, ranks), description), data, device):
+            images, labels = inputs_and_labels(batch, *keys)
+            images = as_read(images, model)
+            logits = logits_of(model(images))
+            if threshold is None and isinstance(logits, Tensor) and logits[:1].numel() == 1:
+                with torch.inference_mode(False), torch.enable_grad():
+                    threshold = threshold_of(logits_of(model(images[:1].clone())))
+            right = hits(logits, labels, threshold or 0.0)
+            if right is None:
+                raise InputError("accuracy: the batches hold no class labels, or the network gives no logits for them")
+            correct += int(right.sum())
+            total += len(right)
     correct, total = ranks.total(*torch.tensor([correct, total], device=device))
     return int(correct) / int(total)
+
+
+def on_device(batches: Iterable, data: Any, device: torch.device | str) -> Iterator[Any]:
+    """Batches on a device, after the hooks of a data module or a LightningModule, where there is one.
+
+    Raises:
+        InputError: the data set has changed under way.
+    """
+    for batch in read(batches):
+        if data is None:
+            yield move_data_to_device(batch, torch.device(device))
+            continue
+        batch = data.transfer_batch_to_device(data.on_before_batch_transfer(batch, 0), torch.device(device), 0)
+        yield data.on_after_batch_transfer(batch, 0)
+
+
+def as_read(images: Any, model: nn.Module) -> Any:
+    """Images in the dtype of the network's weights, if both are floating-point."""
+    if not isinstance(images, Tensor) or not images.is_floating_point():
+        return images
+    return images.to(next((own.dtype for own in model.parameters() if own.is_floating_point()), images.dtype))
 
 
 def dealt(loader: Iterable, ranks: Ranks) -> Iterable:

@@ -1,11 +1,13 @@
 """NeuronMergeCallback in a Trainer: what it logs, saves and leaves behind."""
 
+import copy
 import csv
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from pytorch_lightning import LightningDataModule, LightningModule, Trainer
@@ -13,7 +15,8 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, WandbLogger
 from pytorch_lightning.strategies import FSDPStrategy
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torchmetrics.classification import MulticlassAccuracy
 
 import nm_lightning
 from callbacks import NeuronMergeCallback
@@ -400,3 +403,270 @@ def test_what_would_fail_after_training_is_refused_before_it():
         NeuronMergeCallback("reconstruct", calibration_size=0)
     with pytest.raises(InputError, match="output chooses badly by synthetic images"):
         NeuronMergeCallback(criterion="output", calibration="synthetic")
+
+
+IMAGES = torch.randn(96, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+BRIGHT = (IMAGES.mean((1, 2, 3)) > 0).long()
+
+
+class Dicts(Dataset):
+    def __len__(self):
+        return len(IMAGES)
+
+    def __getitem__(self, index):
+        return {"picture": IMAGES[index], "label": BRIGHT[index], "name": str(index)}
+
+
+class Own(LightningModule):
+    """Two hidden layers; a subclass says what hangs on them."""
+
+    def __init__(self, lr=1e-2):
+        super().__init__()
+        self.save_hyperparameters()
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(64, 24), nn.ReLU(), nn.Linear(24, 16), nn.ReLU())
+        self.head = nn.Linear(16, 2)
+
+    def forward(self, images):
+        return self.head(self.body(images))
+
+    def loss(self, batch):
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def training_step(self, batch, index):
+        return self.loss(batch)
+
+    def validation_step(self, batch):
+        self.log("val/accuracy", -self.loss(batch))
+
+    def test_step(self, batch, index):
+        self.validation_step(batch)
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), self.hparams.lr)
+
+
+class WithObjects(Own):
+    def __init__(self, act=nn.ReLU, loss=nn.CrossEntropyLoss(), root=Path("data"), lr=np.float32(1e-2)):  # noqa: B008
+        super().__init__()
+        self.save_hyperparameters()
+
+
+class OfDicts(Own):
+    def loss(self, batch):
+        return nn.functional.cross_entropy(self(batch["picture"]), batch["label"])
+
+
+class TrainsMore(Own):
+    """A projection, centres and a frozen teacher, which only the training step knows."""
+
+    def __init__(self, lr=1e-2):
+        super().__init__(lr)
+        self.projection = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+        self.register_buffer("centres", torch.zeros(2, 16))
+        self.teacher = copy.deepcopy(self.body)
+
+    def loss(self, batch):
+        features = self.body(batch[0])
+        apart = (self.projection(features) - self.projection(self.teacher(batch[0]))).square().mean()
+        return super().loss(batch) + apart + (features - self.centres[batch[1]]).square().mean()
+
+
+class Gained(Own):
+    def __init__(self, lr=1e-2):
+        super().__init__(lr)
+        self.gain = nn.Parameter(torch.ones(16))
+        self.register_buffer("shift", torch.zeros(16))
+
+    def forward(self, images):
+        return self.head(self.body(images) * self.gain + self.shift)
+
+
+class Averaged(Own):
+    def __init__(self, lr=1e-2):
+        super().__init__(lr)
+        self.average = torch.optim.swa_utils.AveragedModel(self.body)
+        self.accuracy = MulticlassAccuracy(2)
+
+    def on_train_batch_end(self, *_):
+        self.average.update_parameters(self.body)
+
+    def training_step(self, batch, index):
+        self.accuracy(self(batch[0]), batch[1])
+        self.log("train/accuracy", self.accuracy)
+        return self.loss(batch)
+
+
+class Normed(Own):
+    def __init__(self, lr=1e-2):
+        super().__init__(lr)
+        nn.utils.parametrizations.weight_norm(self.body[1])
+        nn.utils.weight_norm(self.body[3])
+
+
+OURS = {
+    kind: type(f"Ready{kind.__name__}", (Compressible, kind), {}) for kind in (TrainsMore, Gained, Averaged, Normed)
+}
+
+
+def quick(folder, callback=None, epochs=1, monitor="val/accuracy"):
+    callbacks = [ModelCheckpoint(folder, "best", monitor=monitor), *([callback] if callback else [])]
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    return Trainer(max_epochs=epochs, callbacks=callbacks, logger=CSVLogger(folder), log_every_n_steps=1, **quiet)
+
+
+def loaders(*labels, data=None):
+    data = data or TensorDataset(IMAGES, *(labels or (BRIGHT,)))
+    return DataLoader(data, 16, shuffle=True), DataLoader(data, 16)
+
+
+def agree(one, other):
+    assert torch.allclose(one.eval()(IMAGES), other.eval()(IMAGES), atol=1e-6)
+
+
+def test_hyper_parameters_that_are_objects(tmp_path):
+    """They are left out of our file, which is said, and the file loads without pickle."""
+    callback = NeuronMergeCallback("prune")
+    quick(tmp_path, callback).fit(WithObjects(), *loaders())
+    found = torch.load(tmp_path / "compressed.ckpt", weights_only=True)["hyper_parameters"]
+    assert found == {"root": "data", "lr": pytest.approx(1e-2)}
+    assert [note.partition(" is no plain data")[0] for note in callback.result.report.notes] == [
+        "hyper_parameters: act",
+        "hyper_parameters: loss",
+    ]
+    agree(nm_lightning.load(tmp_path / "compressed.ckpt", into=WithObjects()), callback.result.model)
+
+
+@pytest.mark.parametrize("method", ["prune", "reconstruct"])
+def test_batches_that_are_dicts(method, tmp_path):
+    callback = NeuronMergeCallback(method, input_key="picture", calibration_size=64)
+    quick(tmp_path, callback).fit(OfDicts(), *loaders(data=Dicts()))
+    model = callback.result.model.eval()
+    assert logged(tmp_path)["accuracy/after"] == pytest.approx(
+        float((model(IMAGES).argmax(1) == BRIGHT).float().mean())
+    )
+
+
+@pytest.mark.parametrize("ours", [False, True])
+@pytest.mark.parametrize("kind", list(OURS))
+def test_a_replaced_module_goes_on(kind, ours, tmp_path):
+    """Fit, test, save and load, whatever hangs on the module beside its forward."""
+    kind = OURS[kind] if ours else kind
+    module, callback = kind(), NeuronMergeCallback("merge", ratio=0.5, replace=True)
+    quick(tmp_path, callback).fit(module, *loaders())
+    assert module.body[1].out_features == 12
+    agree(module, callback.result.model)
+    agree(nm_lightning.load(tmp_path / "compressed.ckpt", into=kind()), module)
+    second = quick(tmp_path / "second")
+    second.fit(module.train(), *loaders())
+    second.test(module, loaders()[1], verbose=False)
+    second.save_checkpoint(tmp_path / "saved.ckpt")
+    if ours:
+        loaded = kind.load_from_checkpoint(tmp_path / "saved.ckpt", weights_only=True)
+        agree(loaded, module)
+        quick(tmp_path / "third").fit(loaded.train(), *loaders())
+
+
+def test_what_only_the_training_step_reads_stays_whole(tmp_path):
+    callback = NeuronMergeCallback("prune")
+    quick(tmp_path, callback).fit(TrainsMore(), *loaders())
+    skipped = callback.result.report.skipped
+    assert callback.result.report.widths == {"body.1": 12}
+    assert skipped["body.3"].startswith("training_step reads its neurons beside forward: ")
+    assert skipped["projection.0"] == skipped["teacher.1"] == "forward does not read it: left as it is"
+
+
+@pytest.mark.parametrize("how", ["fit(torch.compile(module))", "module.compile()"])
+def test_a_compiled_module(how, tmp_path):
+    """The file that is saved is what was measured, and the result has weights of its own."""
+    module, callback = Own(), NeuronMergeCallback("prune", ratio=0.9)
+    fitted = torch.compile(module, backend="eager") if "torch" in how else module
+    if fitted is module:
+        module.compile(backend="eager")
+    quick(tmp_path, callback, epochs=2).fit(fitted, *loaders())
+    loaded = nm_lightning.load(tmp_path / "compressed.ckpt", into=Own()).eval()
+    assert logged(tmp_path)["accuracy/after"] == pytest.approx(
+        float((loaded(IMAGES).argmax(1) == BRIGHT).float().mean())
+    )
+    agree(loaded, callback.result.model)
+    nn.init.zeros_(callback.result.model.head.weight)
+    assert not torch.allclose(callback.result.model(IMAGES), loaded(IMAGES))
+
+
+class ManyLabels(Own):
+    def loss(self, batch):
+        return nn.functional.binary_cross_entropy_with_logits(self(batch[0]), batch[1])
+
+    def validation_step(self, batch):
+        right = ((self(batch[0]) > 0) == batch[1].bool()).float()
+        self.log_dict({"val/loss": self.loss(batch), "val/right": right.mean()})
+
+
+def test_other_labels_are_measured_by_the_modules_own_steps(tmp_path):
+    many = torch.stack([BRIGHT, 1 - BRIGHT], 1).float()
+    callback = NeuronMergeCallback("prune", ratio=0.25)
+    quick(tmp_path, callback, monitor="val/right").fit(ManyLabels(), *loaders(many))
+    values, model = logged(tmp_path), callback.result.model.eval()
+    assert "accuracy/after" not in values
+    assert values["val/right/after"] == pytest.approx(float(((model(IMAGES) > 0) == many.bool()).float().mean()))
+    assert set(values) >= {"val/right/before", "val/loss/before", "val/loss/after"}
+
+
+class Untraceable(Own):
+    def forward(self, images):
+        return super().forward(images) if images.sum() > 0 else super().forward(-images)
+
+
+class OnlyAHead(Own):
+    def forward(self, images):
+        return self.head(images.flatten(1)[:, :16])
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "says"),
+    [
+        (Untraceable, {}, "can't be traced by torch.fx"),
+        (OnlyAHead, {}, "nothing in OnlyAHead can be compressed"),
+        (Own, {"widths": {"body.1": 99}}, "width 99 for body.1"),
+        (Own, {"sites": ["net.*"]}, "'net.*' matches none"),
+        (Own, {"target_parameters": 0.001}, "can't bring the network below"),
+        (Own, {"method": "reconstruct", "calibration": torch.zeros(9, 3)}, "calibration images are (3,)"),
+        (OfDicts, {}, "no tensor of inputs: give input_key"),
+    ],
+)
+def test_a_refusal_comes_before_training(kind, settings, says, tmp_path):
+    data = Dicts() if kind is OfDicts else None
+    module, seen = kind(), []
+    module.on_train_batch_start = lambda *_: seen.append("trained")
+    with pytest.raises(InputError) as caught:
+        quick(tmp_path, NeuronMergeCallback(**settings)).fit(module, *loaders(data=data))
+    assert says in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+    assert not seen
+
+
+def test_the_rehearsal_changes_nothing(tmp_path):
+    """Random numbers, modes, norms' statistics and the order of the images are those of a training without it."""
+    trained = []
+    for callback in (NeuronMergeCallback("prune"), None):
+        torch.manual_seed(0)
+        module = Own()
+        module.body[2] = nn.Sequential(nn.BatchNorm1d(24), nn.ReLU(), nn.Dropout(0.5))
+        module.body[4].eval()
+        generator = torch.Generator().manual_seed(1)
+        train = DataLoader(TensorDataset(IMAGES, BRIGHT), 16, shuffle=True, generator=generator)
+        quick(tmp_path, callback).fit(module, train, loaders()[1])
+        trained.append(module)
+    assert all(torch.equal(one, trained[1].state_dict()[name]) for name, one in trained[0].state_dict().items())
+
+
+def test_a_full_disk_after_training_loses_nothing(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise InputError("checkpoint 'compressed.ckpt' can't be written (No space left on device)")
+
+    monkeypatch.setattr("nm_lightning.callbacks.write", full)
+    module, callback = Own(), NeuronMergeCallback("prune", replace=True)
+    with pytest.warns(UserWarning, match=r"No space left on device.*the callback's result holds the network"):
+        quick(tmp_path, callback).fit(module, *loaders())
+    assert "accuracy/after" in logged(tmp_path)
+    assert module.body[1].out_features == callback.result.model.body[1].out_features == 12
+    assert (tmp_path / "best.ckpt").is_file()

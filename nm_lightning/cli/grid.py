@@ -20,6 +20,7 @@ from nm_lightning.cli.sources import Source
 from nm_lightning.compression import CompressionResult, Compressor, Recipe
 from nm_lightning.compression.files.checkpoint import sha256, write
 from nm_lightning.compression.files.export import FORMATS, check_format, export
+from nm_lightning.compression.files.partial import alone, hold, reason, sweep
 from nm_lightning.compression.statistics.ranks import Ranks
 from nm_lightning.compression.structure.plan import compose, prefixed
 from nm_lightning.errors import InputError
@@ -104,8 +105,7 @@ def run_grid(source: Source, grid: Grid, output: Path, fabric: Fabric, command: 
         check_format(name_of_format)
     for recipe in recipes:
         recipe.check_images(grid.calibration)
-        if not recipe.budget.looks:
-            recipe.budget.counts(compressor.subject)
+        recipe.budget.check(compressor.subject)
 
     launch(fabric)
     ranks = Ranks(fabric.strategy)
@@ -187,19 +187,25 @@ def _save_checkpoint(path: Path, source: Source, compressed: CompressionResult) 
 
 @contextmanager
 def _appearing(output: Path) -> Iterator[Path]:
-    """A hidden folder to write to, which becomes `output` when the block ends well and vanishes when it does not."""
+    """A hidden folder to write to, which becomes `output` when the block ends well and vanishes when it does not.
+
+    What killed runs have left beside it is swept.
+    """
+    folder, held = None, None
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
-        if output.exists() and not (output.is_dir() and os.access(output, os.W_OK)):
-            folder.rmdir()
-            raise PermissionError("not a folder with write permission")
-    except OSError as error:
-        reason = error.strerror or error
-        raise InputError(f"output {str(output)!r} can't be written ({reason}): give another --output DIR") from error
-    folder.chmod(0o755)
-    try:
+        with alone(output.parent):
+            others = [other.name.rpartition(".")[0] for other in sweep(output.parent, r"\..+\.[a-z0-9_]{8}\.partial")]
+            if f".{output.name}" in [other.rpartition(".")[0] for other in others]:
+                raise InputError(f"output {str(output)!r} is being written by another run: give another --output DIR")
+            if output.exists() and not (output.is_dir() and os.access(output, os.W_OK)):
+                raise PermissionError("not a folder with write permission")
+            folder = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}.", suffix=".partial"))
+            held = hold(folder)
+        folder.chmod(0o755)
         yield folder
+        if not (folder.is_dir() and os.path.samestat(folder.stat(), os.fstat(held))):
+            raise FileNotFoundError("its folder vanished under way")
         if not output.exists():
             folder.rename(output)
         else:
@@ -207,8 +213,14 @@ def _appearing(output: Path) -> Iterator[Path]:
                 old.unlink(missing_ok=True)
             for file in sorted(folder.iterdir(), key=lambda file: file.name == "report.json"):
                 file.replace(output / file.name)
+    except OSError as error:
+        why = reason(error)
+        raise InputError(f"output {str(output)!r} can't be written ({why}): give another --output DIR") from error
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+        if held is not None:
+            os.close(held)
 
 
 def _written_before(output: Path) -> list[Path]:

@@ -1,6 +1,6 @@
 """Where a trained network comes from: a training run, a file from anywhere, or torchvision."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,11 +8,14 @@ from typing import Any
 import torch
 
 from nm_lightning.compression.files.checkpoint import load_weights, read
+from nm_lightning.compression.files.inert import Inert
 from nm_lightning.data import ImageData, build_data
 from nm_lightning.errors import InputError
 from nm_lightning.modules import ImageClassifier
 
 RUNS = Path("runs")
+WEIGHTS = ("state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict", "net")  # as timm: averages first
+PREFIXES = ("module.", "model.")  # of DataParallel, and of a network in a LightningModule
 
 
 @dataclass
@@ -38,7 +41,7 @@ def open_source(
     """Find the network and its data from what the command line says and the checkpoint knows.
 
     Args:
-        checkpoint: a Lightning checkpoint, a `{"state_dict": ...}` file or a bare state dict; None for the newest
+        checkpoint: a Lightning checkpoint, a file with one of `WEIGHTS` or a bare state dict; None for the newest
             `best.ckpt` of a training run that fits `model` and `data`.
         model: a registered model's name, where the checkpoint does not say.
         data: a registered data set's name, where the checkpoint does not say.
@@ -55,8 +58,7 @@ def open_source(
     if found is None and weights is None:
         found = _newest_run(model, data)
     path, content = found or (None, {})
-    known = content.get("hyper_parameters", {})
-    settings = content.get("datamodule_hyper_parameters", {})
+    known, settings = _known(content, "hyper_parameters"), _known(content, "datamodule_hyper_parameters")
     name, data = model or known.get("name"), data or settings.get("name")
     if found is None and name is None:
         raise InputError(f"no training run under {RUNS}/: run train.py first, or give --checkpoint PATH")
@@ -87,15 +89,15 @@ def open_source(
     module = ImageClassifier(name, images.num_classes, images.input_shape, weights=weights)
     if path is None:
         return Source(module, images, f"torchvision's {weights}" if weights else "random weights")
-    load_weights(module.model, _state_dict(content, path), path)
+    load_weights(module.model, _state_dict(content, path, module.model.state_dict()), path)
     return Source(module, images, str(path), path)
 
 
 def _newest_run(model: str | None, data: str | None) -> tuple[Path, dict[str, Any]] | None:
     for path in _runs():
         content = read(path)
-        name = content.get("hyper_parameters", {}).get("name")
-        trained_on = content.get("datamodule_hyper_parameters", {}).get("name")
+        name = _known(content, "hyper_parameters").get("name")
+        trained_on = _known(content, "datamodule_hyper_parameters").get("name")
         if model in (None, name) and data in (None, trained_on):
             return path, content
     return None
@@ -106,12 +108,30 @@ def _runs() -> Iterator[Path]:
     yield from sorted(RUNS.glob("*/best.ckpt"), key=lambda path: path.stat().st_mtime, reverse=True)
 
 
-def _state_dict(content: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The bare weights of our architecture, without the prefixes that wrappers leave; 16-bit weights become 32-bit."""
-    state = content.get("state_dict", content)
+def _state_dict(content: dict[str, Any], path: Path, wanted: Collection[str]) -> dict[str, Any]:
+    """The bare weights of our architecture, without the prefixes that wrappers leave; 16-bit weights become 32-bit.
+
+    Args:
+        content: of the file: a state dict, or one under a name of `WEIGHTS`.
+        path: of the file.
+        wanted: the names of the architecture's tensors.
+    """
+    state = next((content[name] for name in WEIGHTS if isinstance(content.get(name), (dict, Inert))), content)
+    if isinstance(state, Inert) or (state is content and any(isinstance(value, Inert) for value in content.values())):
+        raise InputError(f"checkpoint {str(path)!r} holds whole objects, not weights: save the model's state_dict()")
     if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise InputError(f"checkpoint {str(path)!r} holds no state dict of tensors")
-    for prefix in ("module.", "model."):
-        if all(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    state = {key.replace("_orig_mod.", ""): value for key, value in state.items()}
+    if "n_averaged" not in wanted:
+        state.pop("n_averaged", None)  # of torch's AveragedModel
+    prefix = True
+    while prefix and not state.keys() & set(wanted):
+        prefix = next((start for start in PREFIXES if all(key.startswith(start) for key in state)), None)
+        state = {key.removeprefix(prefix or ""): value for key, value in state.items()}
     return state
+
+
+def _known(content: dict[str, Any], entry: str) -> dict[str, Any]:
+    """The hyper-parameters that a checkpoint has under a name; none where they are no plain dictionary."""
+    found = content.get(entry)
+    return found if isinstance(found, dict) else {}

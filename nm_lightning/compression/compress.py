@@ -1,6 +1,6 @@
 """The house's one road: trace, choose, decompose, narrow, refine, report."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from nm_lightning.compression.structure.copies import plain_copy, unwrapped
 from nm_lightning.compression.structure.decomposition import assign, narrow
 from nm_lightning.compression.structure.plan import Plan
 from nm_lightning.compression.structure.sites import Site
+from nm_lightning.compression.structure.unread import follow, unread
 from nm_lightning.errors import InputError
 
 
@@ -54,10 +55,13 @@ class Compressor:
         recipe: whose scope, sites, number of images and seed apply to all that follow.
         calibration: see `compress`.
         strategy: see `compress`.
+        whole: sites that keep their neurons, with the reason, where it is known what reads them beside `forward`; by
+            default all whose width a layer reads that `forward` does not call.
 
     Attributes:
         subject: the network, its sites and images.
         skipped: the layers that can't be compressed, with the reason why.
+        unread: what `forward` does not read.
     """
 
     @torch.inference_mode(False)
@@ -68,14 +72,18 @@ class Compressor:
         recipe: Recipe,
         calibration: Tensor | Iterable | str | None = None,
         strategy: Any = None,
+        whole: Mapping[str, str] | None = None,
     ):
         if not isinstance(example_input, Tensor):
             raise InputError(f"example_input is a {type(example_input).__name__}: give one tensor, a batch of images")
         plain, notes = plain_copy(unwrapped(model))
         found = trace(plain, example_input, recipe.scope)
-        self.recipe, self.skipped, self.notes = recipe, found.skipped, notes
+        self.unread = unread(plain, example_input, found, whole)
+        sites = [site for site in choose(found.sites, recipe.sites) if site.name not in self.unread.whole]
+        self.recipe, self.notes = recipe, notes
+        self.skipped = self.unread.skipped | found.skipped | self.unread.whole
         images = Calibration(None, example_input)
-        self.subject = Subject(plain, example_input, choose(found.sites, recipe.sites), images, recipe.seed)
+        self.subject = Subject(plain, example_input, sites, images, recipe.seed)
         self.look_at(calibration, strategy)
 
     def look_at(self, calibration: Tensor | Iterable | str | None, strategy: Any = None) -> None:
@@ -113,6 +121,7 @@ class Compressor:
         report = Report(rows, skipped, [*self.notes, *subject.remarks], str(proof))
         for refinement in recipe.then:
             assign(model, refinement.refine(subject, model, plan, report))
+        plan = follow(model, plan, self.unread.copies)
         subject.ranks.agree(model)
         return CompressionResult(model, report, plan, decomposition.keeps, subject.sites, recipe)
 

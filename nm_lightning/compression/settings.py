@@ -169,6 +169,11 @@ class Budget(Part):
 
     kind, known = "budget", {}
 
+    def check(self, subject: Any) -> None:
+        """Raise `InputError` where it does not fit a `Subject`, before its images are looked at."""
+        if not self.looks:
+            self.counts(subject)
+
     @property
     def share_removed(self) -> float | None:
         """The one ratio that it removes of every site; None where there is none."""

@@ -3,6 +3,7 @@
 from typing import Any
 
 from nm_lightning.compression.files.checkpoint import PLAN_KEY
+from nm_lightning.compression.structure.copies import make_plain
 from nm_lightning.compression.structure.plan import Plan, apply_plan, compose
 
 
@@ -33,5 +34,6 @@ class Compressible:
         """Narrow a whole module to the checkpoint's plan; one that is narrow already must match it."""
         plan = checkpoint.get(PLAN_KEY, {})
         if plan != self.compression_plan:
+            make_plain(self)  # as compressed weights are
             apply_plan(self, plan)
             self.compression_plan = plan

@@ -141,8 +141,10 @@ def summary(report: dict) -> dict[str, float]:
     found = {"accuracy/before": before["accuracy"], "parameters/before": before["parameters"]}
     found["macs/before"] = before["macs"]
     found |= {f"latency/before/batch_{entry['batch']}": entry["median"] for entry in before["latency"]}
+    found |= {f"{name}/before": value for name, value in before["logged"].items()}
     for ratio, row in best.items():
         end = f"/{ratio}" if len(best) > 1 else ""
+        found |= {f"{name}/after{end}": value for name, value in row["logged"].items()}
         found |= {f"{what}/after{end}": row[what] for what in ("accuracy", "parameters", "macs")}
         if row["accuracy"] is not None:
             found[f"accuracy/drop{end}"] = before["accuracy"] - row["accuracy"]

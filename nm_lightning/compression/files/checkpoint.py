@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from nm_lightning.compression.compress import CompressionResult
+from nm_lightning.compression.files.inert import load_inert
+from nm_lightning.compression.files.partial import alone, hold, reason, sweep
 from nm_lightning.compression.recipe import Recipe
+from nm_lightning.compression.structure.copies import make_plain
 from nm_lightning.compression.structure.plan import Plan, apply_plan
 from nm_lightning.errors import InputError
 
@@ -40,16 +44,31 @@ def write(path: str | Path, state_dict: dict[str, Tensor], plan: Plan, recipe: R
         plan: of the compression.
         recipe: of the compression.
         more: further entries of the checkpoint; tensors and plain Python values, so that it loads without pickle.
+
+    Raises:
+        InputError: there is no room, or no folder to write to; what was there before is still there.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     version = {"pytorch-lightning_version": "2.6.0"}  # the layout below is that version's
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    content = {**more, "state_dict": state_dict, PLAN_KEY: plan, RECIPE_KEY: recipe.to_dict(), **version}
+    partial, held = path.with_name(f".{path.name}.{os.getpid()}.partial"), None
     try:
-        torch.save({**more, "state_dict": state_dict, PLAN_KEY: plan, RECIPE_KEY: recipe.to_dict(), **version}, partial)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with alone(path.parent):
+            sweep(path.parent, rf"\.{re.escape(path.name)}\.\d+\.partial")
+            partial.touch()
+            held = hold(partial)
+        torch.save(content, partial)
         partial.replace(path)
+    except (OSError, RuntimeError) as error:  # torch writes in C++, and says so
+        raise InputError(
+            f"checkpoint {str(path)!r} can't be written ({reason(error)}): make room, or give another folder"
+        ) from error
     finally:
-        partial.unlink(missing_ok=True)
+        if held is not None:
+            os.close(held)
+        with suppress(OSError):
+            partial.unlink()
 
 
 def sha256(path: str | Path | None) -> str:
@@ -62,7 +81,7 @@ def load(path: str | Path, into: nn.Module) -> nn.Module:
 
     Args:
         path: a file that `save` or `NeuronMergeCallback` wrote.
-        into: the architecture that was compressed, at its original width.
+        into: the architecture that was compressed, at its original width; parametrised weights are made plain.
 
     Raises:
         InputError: the file is not such a checkpoint, or belongs to another network.
@@ -70,26 +89,29 @@ def load(path: str | Path, into: nn.Module) -> nn.Module:
     checkpoint = read(path)
     if PLAN_KEY not in checkpoint:
         raise InputError(f"{path} is not a compressed checkpoint: it holds no plan")
+    make_plain(into)  # as the compressed weights are
     apply_plan(into, checkpoint[PLAN_KEY])
     load_weights(into, checkpoint["state_dict"], path)
     return into
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """The content of a checkpoint file, on the CPU, whatever device it was saved from; no code in it is run.
+    """The content of a checkpoint file, on the CPU, whatever device it was saved from.
+
+    No code in it is run: what is neither tensor nor plain data is an `Inert` placeholder.
 
     Raises:
-        InputError: the file is missing, truncated, holds code, or is no checkpoint.
+        InputError: the file is missing, truncated, or is no checkpoint.
     """
     if Path(path).is_dir():
         raise InputError(f"checkpoint {str(path)!r} is a folder: name a file in it")
     if not Path(path).is_file():
         raise InputError(f"checkpoint {str(path)!r} does not exist")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = load_inert(path)
+    except InputError:
+        raise
     except Exception as error:  # torch.load raises whatever the broken bytes lead to
-        if re.search("Unsupported (global|class)|not an allowed global", str(error)):
-            raise InputError(f"checkpoint {str(path)!r} holds more than weights (code or objects): refused") from error
         raise InputError(f"checkpoint {str(path)!r} is truncated or not a PyTorch checkpoint") from error
     if not isinstance(content, dict):
         raise InputError(f"checkpoint {str(path)!r} holds a {type(content).__name__}, not a dictionary of weights")

@@ -124,6 +124,13 @@ class Target(Budget):
 
     def counts(self, subject: Subject) -> dict[str, int]:
         """The largest widths found that meet the target; sizes are found without the network's data."""
+        return self._cut(subject, costs_of(subject.sites, watched(subject)))
+
+    def check(self, subject: Subject) -> None:
+        """The target must be within reach if every neuron may go."""
+        self._cut(subject, {site.name: torch.zeros(site.width - site.step) for site in subject.sites})
+
+    def _cut(self, subject: Subject, costs: Mapping[str, Tensor]) -> dict[str, int]:
         sites, hollow = subject.sites, without_data(subject.model).eval()
 
         def size(widths: Mapping[str, int]) -> int:
@@ -131,7 +138,7 @@ class Target(Budget):
             narrow = apply_plan(plain_copy(hollow)[0], plan_sites(sites, keeps))
             return self.measured(narrow, subject.example[:1].to("meta"))
 
-        return share_cut(sites, costs_of(sites, watched(subject)), size, self.share)
+        return share_cut(sites, costs, size, self.share)
 
 
 @dataclass(frozen=True)

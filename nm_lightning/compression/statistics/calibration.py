@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nm_lightning.batches import inputs_and_labels, read
 from nm_lightning.compression.statistics.ranks import ALONE, Ranks
 from nm_lightning.compression.statistics.synthetic import dead_leaves
 from nm_lightning.errors import InputError
@@ -44,7 +45,7 @@ class Calibration:
     """Images in batches as the network reads them, gathered when they are first asked for.
 
     Args:
-        source: images `(N, ...)`; batches of them, alone or first in a tuple, as a DataLoader gives them; `synthetic`
+        source: images `(N, ...)`; batches of them, as a DataLoader gives them, see `inputs_and_labels`; `synthetic`
             for `dead_leaves`; or None for none.
         example: a batch that the network accepts; its shape and device are the images', its dtype in at least float32.
         size: how many images at most.
@@ -115,10 +116,10 @@ class Calibration:
             raise InputError(f"calibration is of type {type(source).__name__}: give a tensor or a DataLoader")
         size = -(-self.size // self.ranks.size)  # of this rank's loader
         parts, count = [], 0
-        for batch in source:
-            part = batch[0] if isinstance(batch, (tuple, list)) and len(batch) else batch
+        for batch in read(source):
+            part, _ = inputs_and_labels(batch)
             if not isinstance(part, Tensor):
-                raise InputError(f"calibration gives a {type(part).__name__}: give batches that are tensors")
+                raise InputError(f"calibration gives a {type(batch).__name__}: give batches with a tensor of images")
             parts.append(part)
             count += len(part)
             if count >= size:

@@ -36,7 +36,7 @@ def plain_copy(model: nn.Module) -> tuple[nn.Module, list[str]]:
     """
     if any(parametrize.is_parametrized(module) or _hooks(module) for module in model.modules()):
         narrow = duplicate(model, copy.deepcopy)
-        return narrow, _make_plain(narrow)
+        return narrow, make_plain(narrow)
     return duplicate(model), []
 
 
@@ -144,7 +144,7 @@ def _hooks(module: nn.Module) -> list:
     return [hook for hook in hooks if isinstance(hook, prune.BasePruningMethod) or type(hook).__name__ in REMOVE]
 
 
-def _make_plain(model: nn.Module) -> list[str]:
+def make_plain(model: nn.Module) -> list[str]:
     """Make parametrised weights (weight norm, spectral norm, pruning masks) plain tensors, in place; says which."""
     notes = []
     for name, module in model.named_modules():
