@@ -17,12 +17,6 @@ from nm_lightning.compression.graph.tracer import where
 from nm_lightning.compression.structure.sites import Member
 
 
-@rule(tuple)
-def named_tuple(follower: Follower, call: Call) -> tuple:
-    """A named tuple of values is one of neurons."""
-    return call.node.target(*call.origins[0], **call.origins[1])
-
-
 @rule(kinds=["move"])
 def move(follower: Follower, call: Call) -> Any:
     """The operation itself, on the neurons."""
@@ -120,17 +114,9 @@ def _sizes(call: Call, ndim: int) -> tuple[list, int]:
 
 def _measured(follower: Follower, size: Any) -> Tensor | None:
     """The neurons `(n,)` along the dimension whose length a size in the graph is; None if it is no such length."""
-    if not isinstance(size, fx.Node):
+    if not isinstance(size, fx.Node) or size.target != "size":
         return None
-    if size.op == "call_function" and size.target is operator.getitem and isinstance(size.args[1], int):
-        shape, dim = size.args
-    elif size.op == "call_method" and size.target == "size" and len(size.args) == 2:
-        shape, dim = size, size.args[1]
-    else:
-        return None
-    if not isinstance(shape, fx.Node) or shape.target not in (getattr, "size") or not isinstance(dim, int):
-        return None
-    origin = follower.origins.get(shape.args[0] if shape.args else None)
+    origin, dim = follower.origins.get(size.args[0]), size.args[1]
     if not isinstance(origin, Tensor) or constant(origin, dim):
         return None
     return follower.settle(origin, dim)
@@ -138,7 +124,7 @@ def _measured(follower: Follower, size: Any) -> Tensor | None:
 
 def _told_by_attributes(follower: Follower, call: Call, result: Tensor, dims: list[int]) -> list[int]:
     """The one dimension whose size is an attribute of the module whose code this is, and can shrink with it."""
-    owner = next(reversed(call.node.meta.get("nn_module_stack") or {"": None})).partition("@")[0]
+    owner = call.node.meta["module"]
     module = follower.module_named(owner)
     numbers = {name: held for name, held in vars(module).items() if type(held) is int} if module else {}
     choices = {dim: [name for name, held in numbers.items() if held == result.shape[dim]] for dim in dims}
