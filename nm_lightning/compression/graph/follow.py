@@ -73,13 +73,14 @@ class Follower:
             error, self.failed = raised, True
         for node in self.graph.nodes:
             if node in self.recorder.values or node.op == "output":
-                self._step(node)
+                self.step(node)
         if error is not None:
             raise error
         for size in self.recorder.escaped:
             self._hold_measured(size.node, f"its number is read{where(size.node)}")
 
-    def _step(self, node: fx.Node) -> None:
+    def step(self, node: fx.Node) -> None:
+        """Follow one node."""
         layer = self.root.get_submodule(node.target) if node.op == "call_module" else None
         operation = operation_at_home(node, layer)
         args, kwargs = fx.map_arg((node.args, node.kwargs), self.recorder.values.__getitem__)
@@ -261,6 +262,16 @@ class Follower:
         if isinstance(self.recorder.values.get(size), (int, float)):
             return [found for source in size.all_input_nodes for found in self.measured(source)]
         return []
+
+    def moved(self, node: fx.Node, neurons: Tensor) -> Tensor:
+        """What a node that only moves entries makes of other neurons than those of its first source."""
+        source = node.args[0]
+        args, kwargs = fx.map_arg(
+            (node.args, node.kwargs), lambda each: neurons if each is source else self.recorder.values[each]
+        )
+        if node.op == "call_method":
+            return getattr(args[0], node.target)(*args[1:], **kwargs)
+        return node.target(*args, **kwargs)
 
     def _hold_measured(self, size: fx.Node, reason: str) -> None:
         for neurons, dim in self.measured(size):

@@ -3,15 +3,13 @@
 It is a copy without data. A site that fails is left alone, with the reason.
 """
 
-import copy
-
 import torch
 from torch import Tensor, fx, nn
 
 from nm_lightning.compression.graph.collect import components, tied_pairs
 from nm_lightning.compression.graph.follow import Follower
 from nm_lightning.compression.graph.neurons import Facts, neurons_in, owned
-from nm_lightning.compression.structure.copies import without_data
+from nm_lightning.compression.structure.copies import with_data, without_data
 from nm_lightning.compression.structure.inputs import Inputs, tensors_in
 from nm_lightning.compression.structure.plan import apply_plan, plan_sites
 from nm_lightning.compression.structure.sites import Site, Trace
@@ -38,7 +36,7 @@ def try_out(model: nn.Module, narrow: nn.Module, example: Inputs, facts: Facts, 
         for number in sorted(faults, reverse=True):
             site = found.sites.pop(number)
             found.skipped |= {member.name: faults[number] for member in site.producers}
-        narrow = (without_data(model) if tensors_in(example)[0].is_meta else copy.deepcopy(model)).eval()
+        narrow = (without_data(model) if tensors_in(example)[0].is_meta else with_data(model)).eval()
 
 
 def first_line(error: Exception) -> str:

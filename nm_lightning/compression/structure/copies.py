@@ -6,23 +6,13 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize, prune
 
+from nm_lightning.compression.structure.plan import named_tensors, tensors_of
+from nm_lightning.compression.structure.wrappers import unwrap_inside, unwrapped  # noqa: F401
 from nm_lightning.errors import InputError
 
 REMOVE = {"WeightNorm": nn.utils.remove_weight_norm, "SpectralNorm": nn.utils.remove_spectral_norm}  # hooks of old
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The network inside `DistributedDataParallel`, `DataParallel` and `torch.compile`."""
-    while True:
-        if isinstance(model, (DistributedDataParallel, nn.DataParallel)):
-            model = model.module
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        else:
-            return model
 
 
 def check_network(model: nn.Module) -> None:
@@ -42,10 +32,11 @@ def plain_copy(model: nn.Module) -> tuple[nn.Module, list[str]]:
 
     It shares its tensors with the model, but for parametrised ones, which are made plain in memory of their own.
     """
-    if any(parametrize.is_parametrized(module) or _hooks(module) for module in model.modules()):
-        narrow = copy.deepcopy(model)
-        return narrow, _make_plain(narrow)
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}), []
+    check_network(model)
+    special = any(parametrize.is_parametrized(module) or _hooks(module) for module in model.modules())
+    narrow = copy.deepcopy(model) if special else _sharing(model)
+    unwrap_inside(narrow)
+    return narrow, _make_plain(narrow)
 
 
 def evaluated(model: nn.Module) -> nn.Module:
@@ -53,16 +44,29 @@ def evaluated(model: nn.Module) -> nn.Module:
     tensors = (*model.parameters(), *model.buffers())
     if any(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in tensors):
         return copy.deepcopy(model).float().eval()
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors}).eval()
+    return _sharing(model).eval()
 
 
 def without_data(model: nn.Module) -> nn.Module:
     """A copy of a network on PyTorch's meta device: shapes without memory."""
     memo = {}
-    for tensor in [*model.parameters(), *model.buffers()]:
+    for tensor in named_tensors(model).values():
         empty = torch.empty_like(tensor, device="meta")
         memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-    return copy.deepcopy(model, memo).to("meta")
+    hollow = copy.deepcopy(model, memo).to("meta")
+    unwrap_inside(hollow)
+    return hollow
+
+
+def with_data(model: nn.Module) -> nn.Module:
+    """A copy with memory of its own, also of tensors that depend on others."""
+    memo = {}
+    for tensor in named_tensors(model).values():
+        twin = tensor.detach().clone()
+        memo[id(tensor)] = nn.Parameter(twin, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else twin
+    copied = copy.deepcopy(model, memo)
+    unwrap_inside(copied)
+    return copied
 
 
 @contextmanager
@@ -81,12 +85,16 @@ def own_tensors(narrow: nn.Module, shared: Mapping[str, Tensor]) -> None:
     foreign = {id(tensor) for tensor in shared.values()}
     copies: dict[int, Tensor] = {}
     for module in narrow.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, tensor in tensors.items():
-                if id(tensor) in foreign:
-                    if id(tensor) not in copies:
-                        copies[id(tensor)] = copy.deepcopy(tensor)
-                    tensors[name] = copies[id(tensor)]
+        for home, name, tensor in tensors_of(module):
+            if id(tensor) in foreign:
+                if id(tensor) not in copies:
+                    copies[id(tensor)] = copy.deepcopy(tensor) if tensor.is_leaf else tensor.detach().clone()
+                home[name] = copies[id(tensor)]
+
+
+def _sharing(model: nn.Module) -> nn.Module:
+    """A copy that shares the model's tensors."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in named_tensors(model).values()})
 
 
 def _hooks(module: nn.Module) -> list:
