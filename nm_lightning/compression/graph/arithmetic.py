@@ -12,7 +12,8 @@ from nm_lightning.compression.graph.tracer import operation_name, where
 from nm_lightning.compression.structure.operations import facts_of
 
 # operations that may lie between a parameter and its neighbour
-ON_THE_WAY = "getitem unsqueeze squeeze permute transpose t expand select narrow movedim to float".split()
+ON_THE_WAY = {"getitem", "narrow", "select", "squeeze", "unsqueeze", "expand", "permute", "transpose", "movedim", "t"}
+ON_THE_WAY |= {"to", "float", "detach"}
 
 
 @rule(kinds=["sum", "product", "quotient"])

@@ -104,7 +104,11 @@ class Follower:
         if node.op == "get_attr" and isinstance(call.value, Tensor):
             return self._parameter(call)
         results = any(isinstance(result, Tensor) for result in pytree.tree_leaves(call.value))
-        if results and facts_of(call.operation).kind not in ("move", "pool", "resample", "pad") and node.op != "call_module":
+        if (
+            results
+            and facts_of(call.operation).kind not in ("move", "pool", "resample", "pad")
+            and node.op != "call_module"
+        ):
             self._hold_numbers(call)
         if node.op in ("placeholder", "get_attr") or not sources or not results:
             return nobody(call.value)

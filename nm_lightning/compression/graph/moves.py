@@ -152,7 +152,9 @@ def _equal_parts(follower: Follower, source: Tensor, dim: int, start: Any, stop:
             return 0
         parts, here = size // (high - low), low // (high - low)
         lengths = range(parts, size, parts)
-        return parts if all(limits(each) == (each // parts * here, each // parts * (here + 1)) for each in lengths) else 0
+        return (
+            parts if all(limits(each) == (each // parts * here, each // parts * (here + 1)) for each in lengths) else 0
+        )
     except TypeError:  # computed from something else
         return 0
 

@@ -180,7 +180,11 @@ class Recorder(TorchFunctionMode):
         node = self._node(kind, target, *symbols)
         if not self.live.isdisjoint(nodes):
             self.live.add(node)
-        if args and isinstance(args[0], Tensor) and in_place(node, self.root.get_submodule(target) if kind == "call_module" else None):
+        if (
+            args
+            and isinstance(args[0], Tensor)
+            and in_place(node, self.root.get_submodule(target) if kind == "call_module" else None)
+        ):
             value = args[0]
         else:
             value = pytree.tree_map_only(Tensor, self._fresh, value)
@@ -197,7 +201,9 @@ class Recorder(TorchFunctionMode):
 
     def _assert(self, function: Callable, args: tuple, kwargs: dict) -> None:
         """`torch._assert`: an activation's values are taken to be as they should."""
-        return None if any(isinstance(each, Tensor) for each in (*args, *kwargs.values())) else function(*args, **kwargs)
+        return (
+            None if any(isinstance(each, Tensor) for each in (*args, *kwargs.values())) else function(*args, **kwargs)
+        )
 
     def _rows(self, function: Callable, args: tuple, kwargs: dict) -> Iterator[Tensor]:
         return iter(self._call("call_method", "unbind", (args[0], 0), {}, Tensor.unbind))
@@ -401,7 +407,9 @@ def _first_by_position(kwargs: dict) -> tuple[tuple, dict]:
 
 def _input_names(model: nn.Module, count: int, kwargs: Mapping[str, Any]) -> list[str]:
     """The names of the inputs, as the network's forward has them."""
-    named = [name for name, each in inspect.signature(model.forward).parameters.items() if each.kind < each.KEYWORD_ONLY]
+    named = [
+        name for name, each in inspect.signature(model.forward).parameters.items() if each.kind < each.KEYWORD_ONLY
+    ]
     return [*(named + [f"input_{i}" for i in range(count)])[:count], *kwargs]
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from nm_lightning.compression.statistics.calibration import Calibration
 from nm_lightning.compression.statistics.ranks import Ranks
 from nm_lightning.compression.structure.copies import evaluated
+from nm_lightning.compression.structure.inputs import Inputs
 from nm_lightning.compression.structure.plan import named_tensors
 from nm_lightning.compression.structure.sites import Site
 
@@ -31,7 +32,7 @@ class Subject:
     """
 
     model: nn.Module
-    example: Tensor
+    example: Inputs
     sites: Sequence[Site]
     calibration: Calibration
     seed: int = 0
@@ -39,7 +40,7 @@ class Subject:
     computed: dict[Hashable, object] = field(default_factory=dict, repr=False)
 
     @property
-    def batches(self) -> list[Tensor]:
+    def batches(self) -> list[Inputs]:
         """This rank's calibration images."""
         return self.calibration.batches
 
@@ -69,7 +70,7 @@ class Subject:
             self.computed[key] = compute()
         return self.computed[key]
 
-    def on(self, batches: Sequence[Tensor]) -> "Subject":
+    def on(self, batches: Sequence[Inputs]) -> "Subject":
         """The same network with other images."""
         calibration = Calibration(None, self.example, ranks=self.ranks)
         calibration.batches = list(batches)

@@ -23,7 +23,9 @@ def check_network(model: nn.Module) -> None:
             raise InputError(f"{label} is a TorchScript module: give the module that it was made from")
         if any(isinstance(own, nn.parameter.UninitializedTensorMixin) for own in module.parameters(recurse=False)):
             raise InputError(f"{label} is a lazy layer without weights yet: run the network once")
-        if kind.__module__.startswith(("torch.ao.nn.quantized", "torch.nn.quantized", "torch.ao.nn.intrinsic.quantized")):
+        if kind.__module__.startswith(
+            ("torch.ao.nn.quantized", "torch.nn.quantized", "torch.ao.nn.intrinsic.quantized")
+        ):
             raise InputError(f"{label} is quantised: compress the network first, then quantise it")
 
 

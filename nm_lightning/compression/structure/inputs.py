@@ -1,6 +1,6 @@
 """What a network is called with: one tensor, a tuple of inputs, or a dictionary of inputs by name."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -69,10 +69,48 @@ def repeated(inputs: Inputs, count: int) -> Inputs:
     return _batched(lambda tensor: tensor[:1].expand(count, *tensor.shape[1:]).contiguous(), inputs)
 
 
-def split(inputs: Inputs, length: int) -> list[Inputs]:
+def split(inputs: Inputs, size: int) -> list[Inputs]:
     """Batches of so many images."""
-    count = len(tensors_in(inputs)[0])
-    return [_batched(lambda tensor, at=at: tensor[at : at + length], inputs) for at in range(0, count, length)]
+    leader = tensors_in(inputs)[0]
+    return [_batched(lambda tensor, at=at: tensor[at : at + size], inputs) for at in range(0, len(leader), size)]
+
+
+def length(inputs: Inputs) -> int:
+    """The number of images."""
+    return len(tensors_in(inputs)[0])
+
+
+def joined(parts: Sequence[Inputs]) -> Inputs:
+    """Batches as one.
+
+    >>> joined([{"x": torch.zeros(2, 3)}, {"x": torch.zeros(1, 3)}])["x"].shape
+    torch.Size([3, 3])
+    """
+    return zipped(lambda *tensors: torch.cat(tensors), *parts)
+
+
+def zipped(function: Callable[..., Tensor], *inputs: Inputs) -> Inputs:
+    """A function's results for the tensors that have the same place in several inputs."""
+    return pytree.tree_map(lambda *each: function(*each) if isinstance(each[0], Tensor) else each[0], *inputs)
+
+
+def taken_from(batch: Any, example: Inputs) -> Any:
+    """The inputs in a loader's batch, of the example's kind: labels and the like behind them are left out.
+
+    >>> taken_from([torch.zeros(2, 3), torch.zeros(2)], torch.zeros(1, 3)).shape
+    torch.Size([2, 3])
+    """
+    pair = isinstance(batch, (tuple, list)) and len(batch) > 0
+    if isinstance(example, Tensor):
+        return batch[0] if pair else batch
+    if pair and isinstance(batch[0], (tuple, list, Mapping)):
+        batch = batch[0]
+    try:
+        if isinstance(example, Mapping):
+            return {key: batch[key] if isinstance(value, Tensor) else value for key, value in example.items()}
+        return tuple(batch[i] if isinstance(value, Tensor) else value for i, value in enumerate(example))
+    except (LookupError, TypeError):
+        return batch
 
 
 def clone(inputs: Inputs) -> Inputs:
@@ -80,7 +118,19 @@ def clone(inputs: Inputs) -> Inputs:
     return mapped(torch.clone, inputs)
 
 
-def mapped(function: Any, inputs: Inputs) -> Inputs:
+def differentiable(inputs: Inputs) -> Inputs:
+    """A copy that gradients flow back to, where it is of floating-point numbers; it may be written into."""
+    return mapped(
+        lambda each: each.clone().requires_grad_().clone() if each.is_floating_point() else each.clone(), inputs
+    )
+
+
+def dtype_of(inputs: Inputs) -> torch.dtype:
+    """Of the first floating-point tensor; float32 where there is none."""
+    return next((tensor.dtype for tensor in tensors_in(inputs) if tensor.is_floating_point()), torch.float32)
+
+
+def mapped(function: Callable[[Tensor], Tensor], inputs: Inputs) -> Inputs:
     """The inputs with a function's result in the place of each tensor."""
     return function(inputs) if isinstance(inputs, Tensor) else pytree.tree_map_only(Tensor, function, inputs)
 
@@ -94,7 +144,7 @@ def shapes(inputs: Inputs) -> str:
     return " and ".join(str(tuple(tensor.shape)) for tensor in tensors_in(inputs))
 
 
-def _batched(function: Any, inputs: Inputs) -> Inputs:
+def _batched(function: Callable[[Tensor], Tensor], inputs: Inputs) -> Inputs:
     leader = tensors_in(inputs)[0]
     count = leader.shape[:1]
     return mapped(lambda tensor: function(tensor) if count and tensor.shape[:1] == count else tensor, inputs)
