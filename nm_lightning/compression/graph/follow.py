@@ -33,7 +33,9 @@ from nm_lightning.compression.structure.inputs import Inputs
 from nm_lightning.compression.structure.operations import LAYERS, facts_of
 from nm_lightning.compression.structure.sites import Member
 
-SHAPED = "zeros ones empty newzeros newones newempty rand randn layernorm size numel".split()  # sizes give shapes
+# where sizes only give shapes
+SHAPED = {"zeros", "ones", "empty", "newzeros", "newones", "newempty", "rand", "randn", "layernorm"}
+SHAPED_KINDS = {"move", "pool", "resample", "pad"}
 
 Slots = list[tuple[str, int]]  # see `Member`
 Counts = dict[str, int] | None
@@ -104,11 +106,7 @@ class Follower:
         if node.op == "get_attr" and isinstance(call.value, Tensor):
             return self._parameter(call)
         results = any(isinstance(result, Tensor) for result in pytree.tree_leaves(call.value))
-        if (
-            results
-            and facts_of(call.operation).kind not in ("move", "pool", "resample", "pad")
-            and node.op != "call_module"
-        ):
+        if results and node.op != "call_module":
             self._hold_numbers(call)
         if node.op in ("placeholder", "get_attr") or not sources or not results:
             return nobody(call.value)
@@ -283,7 +281,7 @@ class Follower:
 
     def _hold_numbers(self, call: Call) -> None:
         """Sizes that enter values: a number of channels that scales them, say, can't change."""
-        if call.operation in SHAPED:
+        if call.operation in SHAPED or facts_of(call.operation).kind in SHAPED_KINDS:
             return
         for source in call.node.all_input_nodes:
             self._hold_measured(source, f"its number of channels enters {call.operation}{where(call.node)}")

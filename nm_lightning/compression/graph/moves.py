@@ -3,7 +3,6 @@
 What they say about sizes becomes constraints: a length written as a number in the user's code can't shrink.
 """
 
-import operator
 from typing import Any
 
 import torch
@@ -151,10 +150,8 @@ def _equal_parts(follower: Follower, source: Tensor, dim: int, start: Any, stop:
         if low >= high or size % (high - low) or low % (high - low):
             return 0
         parts, here = size // (high - low), low // (high - low)
-        lengths = range(parts, size, parts)
-        return (
-            parts if all(limits(each) == (each // parts * here, each // parts * (here + 1)) for each in lengths) else 0
-        )
+        ways = ((limits(parts * each), (here * each, (here + 1) * each)) for each in range(1, high - low))
+        return parts if all(found == wanted for found, wanted in ways) else 0
     except TypeError:  # computed from something else
         return 0
 

@@ -108,8 +108,8 @@ class Calibration:
                 dead_leaves(self.size, tuple(example.shape[1:]), self.seed) * 4 - 2
             )  # about the range of normalised
             return share(images, batch_length(images.shape[1:]), self.ranks)
-        several = isinstance(example, (tuple, Mapping)) and isinstance(source, (tuple, Mapping))
-        if isinstance(source, Tensor) or (several and tensors_in(source) == tensors_in(taken_from(source, example))):
+        several = isinstance(source, tuple) and isinstance(example, tuple) and isinstance(source[0], Tensor)
+        if isinstance(source, (Tensor, Mapping)) or several:
             return first(self._taken(source), self.size)
         if not isinstance(source, Iterable):
             raise InputError(f"calibration is of type {type(source).__name__}: give a tensor or a DataLoader")

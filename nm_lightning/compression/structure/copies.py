@@ -18,14 +18,12 @@ REMOVE = {"WeightNorm": nn.utils.remove_weight_norm, "SpectralNorm": nn.utils.re
 def check_network(model: nn.Module) -> None:
     """Raise `InputError` for parts whose weights are no tensors yet, or no longer."""
     for name, module in model.named_modules():
-        kind, label = type(module), f"{name or 'the network'} ({type(module).__name__})"
+        home, label = type(module).__module__, f"{name or 'the network'} ({type(module).__name__})"
         if isinstance(module, torch.jit.ScriptModule):
             raise InputError(f"{label} is a TorchScript module: give the module that it was made from")
         if any(isinstance(own, nn.parameter.UninitializedTensorMixin) for own in module.parameters(recurse=False)):
             raise InputError(f"{label} is a lazy layer without weights yet: run the network once")
-        if kind.__module__.startswith(
-            ("torch.ao.nn.quantized", "torch.nn.quantized", "torch.ao.nn.intrinsic.quantized")
-        ):
+        if home.startswith(("torch.ao.nn.quantized", "torch.nn.quantized", "torch.ao.nn.intrinsic.quantized")):
             raise InputError(f"{label} is quantised: compress the network first, then quantise it")
 
 

@@ -16,7 +16,7 @@ def check_inputs(inputs: Any, label: str = "example_input") -> None:
     """Raise `InputError` for what is no tensor, and holds none."""
     if not isinstance(inputs, (Tensor, tuple, Mapping)) or not tensors_in(inputs):
         raise InputError(
-            f"{label} is a {type(inputs).__name__}: give one tensor, a batch of images, or a tuple or dictionary of inputs"
+            f"{label} is a {type(inputs).__name__}: give one tensor, a batch of images, or a tuple or dictionary"
         )
 
 
