@@ -18,6 +18,7 @@ from nm_lightning.batches import Key, hits, inputs_and_labels, logits_of, read, 
 from nm_lightning.compression import CompressionResult, Compressor, Recipe, Site, SiteReport, cost
 from nm_lightning.compression.statistics.ranks import ALONE, Ranks
 from nm_lightning.compression.structure.copies import modes_kept
+from nm_lightning.compression.structure.inputs import Inputs, call, repeated, tensors_in
 from nm_lightning.compression.structure.vectors import neuron_vectors
 from nm_lightning.errors import InputError
 from nm_lightning.progress import progress
@@ -108,7 +109,7 @@ class Measure:
         own: what a network's own steps log, where there is no accuracy.
     """
 
-    example: Tensor
+    example: Inputs
     loader: Iterable | None
     data: Any = None
     ranks: Ranks = ALONE
@@ -159,7 +160,8 @@ class Measure:
     def _accuracy(self, model: nn.Module, title: str) -> float | None:
         if self.loader is None:
             return None
-        return evaluate(model, self.loader, self.data, self.example.device, title, self.ranks, self.keys)
+        device = tensors_in(self.example)[0].device
+        return evaluate(model, self.loader, self.data, device, title, self.ranks, self.keys)
 
     def _latency(self, model: nn.Module) -> list[Latency]:
         return latency(model, self.example) if self.timed else []
@@ -254,7 +256,7 @@ def dealt(loader: Iterable, ranks: Ranks) -> Iterable:
     return DataLoader(loader.dataset, batch_sampler=own, **{name: getattr(loader, name) for name in KEPT})
 
 
-def latency(model: nn.Module, example: Tensor, seconds: float = 1.0) -> list[Latency]:
+def latency(model: nn.Module, example: Inputs, seconds: float = 1.0) -> list[Latency]:
     """Time a network at each of `BATCHES`, after a warm-up.
 
     Args:
@@ -266,11 +268,11 @@ def latency(model: nn.Module, example: Tensor, seconds: float = 1.0) -> list[Lat
     with modes_kept(model), torch.inference_mode():
         model.eval()
         for batch in BATCHES:
-            images = example[:1].expand(batch, *example.shape[1:]).contiguous()
+            images = repeated(example, batch)
 
-            def once(images: Tensor = images) -> None:
-                model(images)
-                if images.is_cuda:
+            def once(images: Inputs = images) -> None:
+                call(model, images)
+                if tensors_in(images)[0].is_cuda:
                     torch.cuda.synchronize()
 
             timer = timeit.Timer(once)

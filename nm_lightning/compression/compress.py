@@ -18,6 +18,7 @@ from nm_lightning.compression.statistics.ranks import Ranks
 from nm_lightning.compression.statistics.subject import Subject
 from nm_lightning.compression.structure.copies import plain_copy, unwrapped
 from nm_lightning.compression.structure.decomposition import assign, narrow
+from nm_lightning.compression.structure.inputs import Inputs, check_inputs
 from nm_lightning.compression.structure.plan import Plan
 from nm_lightning.compression.structure.sites import Site
 from nm_lightning.compression.structure.unread import follow, unread
@@ -49,9 +50,10 @@ class Compressor:
     """A network that is traced once, and whose calibration images are read once, for any number of recipes.
 
     Args:
-        model: any network that `torch.fx` can trace, also inside DDP or `torch.compile`. It is left as it was, and must
-            stay as it is.
-        example_input: a batch that `model` accepts; only its shape and dtype matter.
+        model: any network whose code shapes and settings decide, also inside DDP or `torch.compile`. It is left as it
+            was, and must stay as it is.
+        example_input: a batch that `model` accepts: a tensor, a tuple of inputs, or a dictionary of them by name. Only
+            shapes and dtypes matter.
         recipe: whose scope, sites, number of images and seed apply to all that follow.
         calibration: see `compress`.
         strategy: see `compress`.
@@ -68,14 +70,13 @@ class Compressor:
     def __init__(
         self,
         model: nn.Module,
-        example_input: Tensor,
+        example_input: Inputs,
         recipe: Recipe,
-        calibration: Tensor | Iterable | str | None = None,
+        calibration: Inputs | Iterable | str | None = None,
         strategy: Any = None,
         whole: Mapping[str, str] | None = None,
     ):
-        if not isinstance(example_input, Tensor):
-            raise InputError(f"example_input is a {type(example_input).__name__}: give one tensor, a batch of images")
+        check_inputs(example_input)
         plain, notes = plain_copy(unwrapped(model))
         found = trace(plain, example_input, recipe.scope)
         self.unread = unread(plain, example_input, found, whole)
@@ -86,7 +87,7 @@ class Compressor:
         self.subject = Subject(plain, example_input, sites, images, recipe.seed)
         self.look_at(calibration, strategy)
 
-    def look_at(self, calibration: Tensor | Iterable | str | None, strategy: Any = None) -> None:
+    def look_at(self, calibration: Inputs | Iterable | str | None, strategy: Any = None) -> None:
         """Take other calibration images, and other ranks; see `compress`."""
         size, seed = self.recipe.calibration_size, self.recipe.seed
         self.subject.calibration = Calibration(calibration, self.subject.example, size, seed, Ranks(strategy))
@@ -128,14 +129,14 @@ class Compressor:
 
 def compress(
     model: nn.Module,
-    example_input: Tensor,
+    example_input: Inputs,
     method: str | Method = "merge",
     criterion: str | Criterion = "l2-norm",
     ratio: float | None = None,
     *,
     budget: Budget | None = None,
     then: Sequence[Refinement] = (),
-    calibration: Tensor | Iterable | str | None = None,
+    calibration: Inputs | Iterable | str | None = None,
     recipe: Recipe | None = None,
     strategy: Any = None,
     **settings: Any,
@@ -146,14 +147,16 @@ def compress(
         compress(net, x, Reconstruct(ridge=1e-2), OutputAware(), budget=Macs(0.5), then=[Refit(2)], calibration=loader)
 
     Args:
-        model: any network that `torch.fx` can trace, also inside DDP or `torch.compile`. It is left as it was.
-        example_input: a batch that `model` accepts; only its shape and dtype matter.
+        model: any network whose code shapes and settings decide, also inside DDP or `torch.compile`. It is left as it
+            was.
+        example_input: a batch that `model` accepts: a tensor, a tuple of inputs, or a dictionary of them by name. Only
+            shapes and dtypes matter.
         method: what becomes of the removed neurons: `prune`, `merge`, `fold`, `reconstruct`, or a `Method`.
         criterion: which neurons stay: `l1-norm`, `l2-norm`, `l2-GM`, `output`, or a `Criterion`.
         ratio: share of each site's neurons to remove, in [0, 1); 0.5 where nothing else says how many.
         budget: instead of a ratio: `Widths`, `Parameters`, `Macs`, or one of your own.
         then: what follows: `Refit`, `RecalibrateNorm`, `Distill`, or one of your own.
-        calibration: unlabelled images as the network reads them: a tensor `(N, ...)`, a DataLoader, or `synthetic`
+        calibration: unlabelled images as the network reads them: inputs like the example, a DataLoader, or `synthetic`
             for images that a program draws. Needed by `reconstruct`, `output`, targets, and what follows.
         recipe: all of the above that is no image, in one; nothing else may be given then.
         strategy: of a Lightning `Trainer` or `Fabric` whose ranks all call this with the same network, each with its

@@ -8,13 +8,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
+from torch.utils import _pytree as pytree
 
+from nm_lightning.compression.structure.inputs import Inputs, arguments, repeated
 from nm_lightning.errors import InputError
 
 FORMATS = ("pt2", "onnx")
 
 
-def export(model: nn.Module, example_input: Tensor, path: str | Path) -> Path:
+def export(model: nn.Module, example_input: Inputs, path: str | Path) -> Path:
     """Write a network in evaluation mode, for batches of any size where the network allows it.
 
     Args:
@@ -40,11 +42,12 @@ def export(model: nn.Module, example_input: Tensor, path: str | Path) -> Path:
         raise InputError(f"export {str(path)!r}: end the name with .pt2 or .onnx")
     check_format(path.suffix.removeprefix("."))
     modes = [(module, module.training) for module in model.modules()]
-    example = example_input[:1].expand(2, *example_input.shape[1:]).contiguous()  # a batch of one would stay one
+    args, kwargs = arguments(repeated(example_input, 2))  # a batch of one would stay one
+    shapes = pytree.tree_map(lambda each: {0: Dim.AUTO} if isinstance(each, Tensor) else None, args or kwargs)
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            program = torch.export.export(model.eval(), (example,), dynamic_shapes=({0: Dim.AUTO},))
+            program = torch.export.export(model.eval(), args, kwargs, dynamic_shapes=shapes)
             if path.suffix == ".pt2":
                 torch.export.save(program, path)
             else:

@@ -6,9 +6,14 @@ import torch
 from torch import Tensor, fx
 
 from nm_lightning.compression.graph.follow import Follower
-from nm_lightning.compression.graph.neurons import compact, is_nobodys, shrink, varying
+from nm_lightning.compression.graph.neurons import along, compact, is_nobodys, lay_along, shrink, varying
 from nm_lightning.compression.graph.rules import Call, rule
+from nm_lightning.compression.graph.tracer import operation_name, where
 from nm_lightning.compression.structure.operations import facts_of
+
+# operations that may lie between a parameter and its neighbour
+ON_THE_WAY = {"getitem", "narrow", "select", "squeeze", "unsqueeze", "expand", "permute", "transpose", "movedim", "t"}
+ON_THE_WAY |= {"to", "float", "detach"}
 
 
 @rule(kinds=["sum", "product", "quotient"])
@@ -35,9 +40,8 @@ def combine(follower: Follower, call: Call) -> Tensor | None:
             follower.roles[call.node] = role
             return both[this]
     dims = set(changes[0]) | set(changes[1])
-    for that, argument in enumerate(call.node.args[:2]):
-        bare = isinstance(argument, fx.Node) and argument.op == "get_attr" and len(dims) == 1
-        if bare and not changes[that]:
+    for that in range(2):
+        if len(dims) == 1 and not changes[that]:
             both[that] = _bind(follower, call, that, next(iter(dims)), both[that])
     first, second = both
     if torch.equal(compact(first).expand_as(value), compact(second).expand_as(value)):
@@ -59,13 +63,31 @@ def _role_with_constant(call: Call, divisor: bool) -> str:
 
 
 def _bind(follower: Follower, call: Call, position: int, dim: int, unbound: Tensor) -> Tensor:
-    """A parameter with several long dimensions, where its neighbour tells which one is the channels'."""
-    argument, tensor = call.node.args[position], call.args[position]
-    own = dim - (call.value.ndim - tensor.ndim)
-    if own < 0 or tensor.shape[own] != call.value.shape[dim]:
+    """A parameter with several long dimensions, where its neighbour tells which one is the channels'.
+
+    It may be cut, transposed and the like on the way.
+    """
+    node, steps = call.node.args[position], []
+    while isinstance(node, fx.Node) and operation_name(node, None) in ON_THE_WAY and len(node.all_input_nodes) > 0:
+        steps.append(node)
+        node = node.args[0]
+    own = dim - (call.value.ndim - unbound.ndim)
+    if not isinstance(node, fx.Node) or node.op != "get_attr" or own < 0 or unbound.shape[own] != call.value.shape[dim]:
         return unbound
-    name = follower.name_of(tensor, argument.target)
-    return follower.bind(replace(call, node=argument, value=tensor), name, own).expand_as(call.value)
+    tensor = follower.recorder.values[node]
+    if not tensor.is_floating_point() or any(user in follower.origins and user not in steps for user in node.users):
+        return unbound
+    for axis in range(tensor.ndim):
+        places = lay_along(torch.arange(tensor.shape[axis]), axis, tensor.ndim).expand_as(tensor)
+        for step in reversed(steps):
+            places = follower.moved(step, places)
+        if varying(places) == [own] and torch.equal(along(places, own), torch.arange(unbound.shape[own])):
+            name = follower.name_of(tensor, node.target)
+            follower.origins[node] = follower.bind(replace(call, node=node, value=tensor), name, axis)
+            for step in reversed(steps):
+                follower.step(step)
+            return follower.origins[call.node.args[position]].expand_as(call.value)
+    return unbound
 
 
 @rule("matmul", "bmm")
@@ -79,10 +101,14 @@ def matrix_product(follower: Follower, call: Call) -> Tensor | None:
 
 @rule("scaleddotproductattention")
 def attention(follower: Follower, call: Call) -> Tensor | None:
-    """`softmax(query @ key.T) @ value`."""
+    """`softmax(query @ key.T) @ value`; several heads of queries may share one of keys and values."""
     if len(call.sources) < 3:
         return None
     query, key, value = call.sources[:3]
+    if call.argument("scale", 6) is None:
+        follower.hold(query, -1, f"attention is scaled by its number{where(call.node)}")
+    if query.ndim > 3 and key.shape[-3] < query.shape[-3]:
+        key, value = (each.repeat_interleave(query.shape[-3] // each.shape[-3], -3) for each in (key, value))
     follower.roles[call.node] = "attention is not positively homogeneous"
     return _matmul(follower, _matmul(follower, query, key.transpose(-1, -2)), value)
 

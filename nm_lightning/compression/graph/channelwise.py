@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from nm_lightning.compression.graph.follow import Follower
 from nm_lightning.compression.graph.neurons import constant, nobody, shrink
 from nm_lightning.compression.graph.rules import Call, rule
+from nm_lightning.compression.graph.tracer import where
 from nm_lightning.compression.structure.operations import facts_of
 from nm_lightning.compression.structure.sites import NOBODY
 
@@ -38,6 +39,9 @@ def pad(follower: Follower, call: Call) -> Tensor | None:
         return _over_space(follower, call, space, call.argument("value", 3, 0))
     if call.kwargs.get("mode", "constant") != "constant" or not all(isinstance(amount, int) for amount in amounts):
         return None
+    for dim in range(call.value.ndim):
+        if call.value.shape[dim] < call.source.shape[dim]:
+            follower.hold(call.source, dim, f"channels are cut off{where(call.node)}")
     follower.roles[call.node] = "move"
     return F.pad(call.source, list(amounts), value=NOBODY)
 
@@ -77,3 +81,11 @@ def softmax(follower: Follower, call: Call) -> Tensor | None:
         return None
     follower.roles[call.node] = f"{call.operation} is not positively homogeneous"
     return call.source
+
+
+@rule(kinds=["assign"])
+def assign(follower: Follower, call: Call) -> Any:
+    """`x[...] = y`."""
+    for source in call.sources:
+        follower.freeze(source, f"it is written into{where(call.node)}")
+    return nobody(call.value)

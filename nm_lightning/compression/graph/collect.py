@@ -117,7 +117,7 @@ def _not_looked_into(followers: list[Follower]) -> dict[str, str]:
     for follower in followers:
         for node in follower.graph.nodes:
             if node.op == "call_module":
-                layer = follower.fetch_attr(node.target)
+                layer = follower.root.get_submodule(node.target)
                 followed = taught(layer) or known(operation_at_home(node, layer))
                 if next(layer.parameters(), None) is not None and not followed:
                     skipped[node.target] = f"nn.{type(layer).__name__} is not looked into"

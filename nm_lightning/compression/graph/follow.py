@@ -25,18 +25,24 @@ from nm_lightning.compression.graph.neurons import (
     lay_along,
     nobody,
     shrink,
+    varying,
 )
 from nm_lightning.compression.graph.rules import Call, known, taught
-from nm_lightning.compression.graph.tracer import Tracer, in_place, operation_at_home, operation_name, where
-from nm_lightning.compression.structure.operations import CHANNEL_NORMS, LAYERS, MIXING_NORMS, facts_of
+from nm_lightning.compression.graph.tracer import Recorder, in_place, operation_at_home, operation_name, where
+from nm_lightning.compression.structure.inputs import Inputs
+from nm_lightning.compression.structure.operations import LAYERS, facts_of
 from nm_lightning.compression.structure.sites import Member
+
+# where sizes only give shapes
+SHAPED = {"zeros", "ones", "empty", "newzeros", "newones", "newempty", "rand", "randn", "layernorm"}
+SHAPED_KINDS = {"move", "pool", "resample", "pad"}
 
 Slots = list[tuple[str, int]]  # see `Member`
 Counts = dict[str, int] | None
 
 
-class Follower(fx.Interpreter):
-    """Runs a graph, and with each value the tensor of the neurons that its entries come from.
+class Follower:
+    """Runs a network, and finds with each value the tensor of the neurons that its entries come from.
 
     Args:
         root: the network.
@@ -47,38 +53,48 @@ class Follower(fx.Interpreter):
         origins: the neurons that each node's value carries.
         root: the network.
         roles: what each node does to a neuron: `produce`, `norm`, `move`, `scale`, or an obstacle's sentence.
+        failed: whether the network itself failed, and not the following.
     """
 
     def __init__(self, root: nn.Module, facts: Facts, given: dict[str, Tensor] | None = None):
-        super().__init__(root, graph=Tracer().trace(root))
         self.root = root
+        self.recorder = Recorder(root)
+        self.graph = self.recorder.graph
         self.facts, self.given = facts, given or {}
         self.origins: dict[fx.Node, Any] = {}
         self.roles: dict[fx.Node, str] = {}
-        self.tensor_names: dict[int, str] = {}  # shared tensors go by their first name
-        for source in (root.named_parameters, root.named_buffers):
-            for name, tensor in source(remove_duplicate=False):
-                self.tensor_names.setdefault(id(tensor), name)
+        self.failed = False
 
-    def run_node(self, node: fx.Node) -> Any:
-        """Run it twice: on the values, and on the neurons."""
-        args, kwargs = self.fetch_args_kwargs_from_env(node)
-        layer = self.fetch_attr(node.target) if node.op == "call_module" else None
+    @torch.no_grad()
+    def run(self, inputs: Inputs) -> None:
+        """Run the network on an example, and follow what was recorded; whatever its code raises is raised."""
+        error = None
+        try:
+            self.recorder.record(inputs)
+        except Exception as raised:
+            error, self.failed = raised, True
+        for node in self.graph.nodes:
+            if node in self.recorder.values or node.op == "output":
+                self.step(node)
+        if error is not None:
+            raise error
+        for size in self.recorder.escaped:
+            self._hold_measured(size.node, f"its number is read{where(size.node)}")
+
+    def step(self, node: fx.Node) -> None:
+        """Follow one node."""
+        layer = self.root.get_submodule(node.target) if node.op == "call_module" else None
         operation = operation_at_home(node, layer)
-        keeps_shape = isinstance(layer, (*CHANNEL_NORMS, *MIXING_NORMS)) or facts_of(operation).kind == "entry"
-        if layer is not None and keeps_shape and args and isinstance(args[0], Tensor) and args[0].is_meta:
-            value = args[0]  # a normalisation or an activation: without data there is nothing to compute
-        else:
-            value = super().run_node(node)
-        origins = fx.map_arg((node.args, node.kwargs), lambda argument: self.origins[argument])
+        args, kwargs = fx.map_arg((node.args, node.kwargs), self.recorder.values.__getitem__)
+        origins = fx.map_arg(_without_constants((node.args, node.kwargs)), self.origins.__getitem__)
         sources = [origin for origin in pytree.tree_leaves(origins) if isinstance(origin, Tensor)]
+        value = self.recorder.values.get(node)
         name = node.target if layer is not None else ""
         self.origins[node] = self._follow(Call(node, operation, layer, args, kwargs, origins, sources, value, name))
         if in_place(node, layer):
             changed = node.args[0] if node.args else None
             if isinstance(changed, fx.Node) and len(changed.users) > 1 and self.roles.get(node) != "move":
                 self.roles[changed] = f"changed in place by {operation_name(node, None)}"
-        return value
 
     def _follow(self, call: Call) -> Any:
         """The neurons of a node's result."""
@@ -90,6 +106,8 @@ class Follower(fx.Interpreter):
         if node.op == "get_attr" and isinstance(call.value, Tensor):
             return self._parameter(call)
         results = any(isinstance(result, Tensor) for result in pytree.tree_leaves(call.value))
+        if results and node.op != "call_module":
+            self._hold_numbers(call)
         if node.op in ("placeholder", "get_attr") or not sources or not results:
             return nobody(call.value)
         rules = taught(node.target if call.layer is None else call.layer)
@@ -117,7 +135,7 @@ class Follower(fx.Interpreter):
 
     def name_of(self, tensor: Tensor, otherwise: str) -> str:
         """The first name that the network has for a tensor."""
-        return self.tensor_names.get(id(tensor), otherwise)
+        return self.recorder.names.get(id(tensor), otherwise)
 
     def module_named(self, name: str) -> nn.Module | None:
         """The network's module of that name, if there is one."""
@@ -228,6 +246,46 @@ class Follower(fx.Interpreter):
         if len(pairs):
             self.facts.ties.append(Tie(pairs // base - 1, pairs % base - 1, reason, additive))
 
+    def hold(self, neurons: Tensor, dim: int, reason: str) -> None:
+        """The length along `dim` stays: what is left out is left out at all of its places alike, or nothing is."""
+        if constant(neurons, dim):
+            return
+        if varying(neurons) == [dim % neurons.ndim]:
+            self.freeze(neurons, reason)
+        else:
+            self.tie(neurons, neurons.narrow(dim, 0, 1).expand_as(neurons), reason)
+
+    def measured(self, size: fx.Node) -> list[tuple[Tensor, int]]:
+        """What a number in the graph was computed from: the neurons of tensors, with the dimensions measured."""
+        if size.op == "call_method" and size.target == "size" and isinstance(self.origins.get(size.args[0]), Tensor):
+            return [(self.origins[size.args[0]], size.args[1])]
+        if size.op == "call_method" and size.target == "numel" and isinstance(self.origins.get(size.args[0]), Tensor):
+            return [(self.origins[size.args[0]], dim) for dim in range(self.origins[size.args[0]].ndim)]
+        if isinstance(self.recorder.values.get(size), (int, float)):
+            return [found for source in size.all_input_nodes for found in self.measured(source)]
+        return []
+
+    def moved(self, node: fx.Node, neurons: Tensor) -> Tensor:
+        """What a node that only moves entries makes of other neurons than those of its first source."""
+        source = node.args[0]
+        args, kwargs = fx.map_arg(
+            (node.args, node.kwargs), lambda each: neurons if each is source else self.recorder.values[each]
+        )
+        if node.op == "call_method":
+            return getattr(args[0], node.target)(*args[1:], **kwargs)
+        return node.target(*args, **kwargs)
+
+    def _hold_measured(self, size: fx.Node, reason: str) -> None:
+        for neurons, dim in self.measured(size):
+            self.hold(neurons, dim, reason)
+
+    def _hold_numbers(self, call: Call) -> None:
+        """Sizes that enter values: a number of channels that scales them, say, can't change."""
+        if call.operation in SHAPED or facts_of(call.operation).kind in SHAPED_KINDS:
+            return
+        for source in call.node.all_input_nodes:
+            self._hold_measured(source, f"its number of channels enters {call.operation}{where(call.node)}")
+
     def quota(self, neurons: Tensor, groups: int) -> None:
         """Equally many of each of `groups` consecutive runs must stay."""
         self.facts.quotas.append(Quota(neurons, torch.arange(groups).repeat_interleave(len(neurons) // groups)))
@@ -261,3 +319,8 @@ class Follower(fx.Interpreter):
             self.facts.members[key] = replace(member, node=call.node.name)
             self.facts.nodes[key] = call.node
         return key
+
+
+def _without_constants(arguments: Any) -> Any:
+    """Nobody's entries in the place of constant tensors."""
+    return pytree.tree_map_only(Tensor, nobody, arguments)

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from nm_lightning.compression.graph.follow import Follower
@@ -17,6 +18,7 @@ FUNCTIONAL = {
     **{f"conv{d}d": ("input", "weight", "bias", "stride", "padding", "dilation", "groups") for d in (1, 2, 3)},
     "linear": ("input", "weight", "bias"),
     "batchnorm": ("input", "running_mean", "running_var", "weight", "bias"),
+    "batchnorm of torch": ("input", "weight", "bias", "running_mean", "running_var"),
     "layernorm": ("input", "normalized_shape", "weight", "bias"),
     "prelu": ("input", "weight"),
 }
@@ -124,13 +126,13 @@ def multi_head_attention(follower: Follower, call: Call) -> Any:
     return (follower.produce(out, rows, 2, {"out_features": 1}), nobody(call.value[1]))
 
 
-@rule(*FUNCTIONAL)
+@rule(*(name for name in FUNCTIONAL if " " not in name))
 def functional(follower: Follower, call: Call) -> Any:
     """`torch.nn.functional`'s layers."""
     node, operation = call.node, call.operation
     if node.op != "call_function":
         return None
-    labels = FUNCTIONAL[operation]
+    labels = FUNCTIONAL["batchnorm of torch" if node.target is torch.batch_norm else operation]
     given = dict(zip(labels, call.args, strict=False)) | call.kwargs
     nodes = dict(zip(labels, node.args, strict=False)) | dict(node.kwargs)
     call = replace(call, source=follower.origins[nodes["input"]])

@@ -3,7 +3,6 @@
 What they say about sizes becomes constraints: a length written as a number in the user's code can't shrink.
 """
 
-import operator
 from typing import Any
 
 import torch
@@ -15,12 +14,6 @@ from nm_lightning.compression.graph.neurons import along, canonical, constant, s
 from nm_lightning.compression.graph.rules import Call, rule
 from nm_lightning.compression.graph.tracer import where
 from nm_lightning.compression.structure.sites import Member
-
-
-@rule(tuple)
-def named_tuple(follower: Follower, call: Call) -> tuple:
-    """A named tuple of values is one of neurons."""
-    return call.node.target(*call.origins[0], **call.origins[1])
 
 
 @rule(kinds=["move"])
@@ -65,7 +58,8 @@ def split(follower: Follower, call: Call) -> Any:
     dim = call.argument("dim", 2, 0)
     if not isinstance(source, Tensor) or constant(source, dim):
         return result
-    counted = all(isinstance(size, fx.Node) for size in pytree.tree_leaves(node.args[1:2]))
+    sizes = call.symbol("split_size", 1, node.kwargs.get("split_size_or_sections"))
+    counted = all(isinstance(size, fx.Node) for size in pytree.tree_leaves(sizes))
     if call.operation == "split" and not counted:
         follower.freeze(source, f"split by sizes given as numbers{where(node)}")
     elif len({part.shape[dim] for part in result}) > 1:
@@ -73,6 +67,93 @@ def split(follower: Follower, call: Call) -> Any:
     else:
         follower.quota(follower.settle(source, dim), len(result))
     return result
+
+
+@rule("channelshuffle")
+def shuffle(follower: Follower, call: Call) -> Tensor:
+    """Groups of channels that are interleaved: equally many of each stay."""
+    follower.quota(follower.settle(call.source, 1), getattr(call.layer, "groups", call.argument("groups", 1)))
+    return move(follower, call)
+
+
+@rule("getitem", "narrow", "select", "unbind", "roll")
+def pick(follower: Follower, call: Call) -> Any:
+    """What is taken by its place among the neurons, or moved by so many places, keeps their number.
+
+    Unless a slice is one of several equal parts, and its bounds grow with the number of neurons.
+    """
+    source = call.origins[0][0]
+    if not isinstance(source, Tensor):
+        return move(follower, call)  # a part of a tuple
+    for dim, bounds in _places(call, source):
+        parts = 0 if bounds is None or constant(source, dim) else _equal_parts(follower, source, dim, *bounds)
+        if parts:
+            follower.quota(follower.settle(source, dim), parts)
+        else:
+            follower.hold(source, dim, f"channels are taken by their place{where(call.node)}")
+    index = call.args[1] if len(call.args) > 1 else None
+    if any(isinstance(each, Tensor) for each in (index if isinstance(index, tuple) else (index,))):
+        return _indexed(call, source, index)
+    return move(follower, call)
+
+
+def _indexed(call: Call, source: Tensor, index: Any) -> Tensor | None:
+    """By tensors of places: along dimensions where all places are alike, any places do."""
+    index = index if isinstance(index, tuple) else (index,)
+    if any(isinstance(each, Tensor) and each.dtype in (torch.bool, torch.uint8) for each in index):
+        return None
+    places = [torch.zeros(each.shape, dtype=torch.long) if isinstance(each, Tensor) else each for each in index]
+    moved = canonical(source[tuple(places)])
+    return moved if moved.shape == call.value.shape else None
+
+
+def _places(call: Call, source: Tensor) -> list[tuple[int, tuple | None]]:
+    """The dimensions along which a call takes a part, with the bounds of a slice as the graph has them."""
+    if call.operation == "roll":
+        dims = call.argument("dims", 2) or range(source.ndim)
+        return [(dim, None) for dim in ([dims] if isinstance(dims, int) else dims)]
+    if call.operation != "getitem":
+        return [(call.argument("dim", 1, 0), None)]
+    values, symbols = (each[1] if isinstance(each[1], tuple) else (each[1],) for each in (call.args, call.node.args))
+    count = sum(each is not None and each is not ... for each in values)
+    found, dim = [], 0
+    for value, symbol in zip(values, symbols, strict=True):
+        if value is ...:
+            dim += source.ndim - count
+        elif value is not None:
+            whole = isinstance(value, slice) and value.indices(source.shape[dim]) == (0, source.shape[dim], 1)
+            if not whole:
+                step = value.step if isinstance(value, slice) else 0
+                found.append((dim, (symbol.start, symbol.stop) if step in (None, 1) else None))
+            dim += 1
+    return found
+
+
+def _equal_parts(follower: Follower, source: Tensor, dim: int, start: Any, stop: Any) -> int:
+    """How many equal parts there are, if a slice is always one of them however many neurons there are; else 0."""
+    size, neurons = source.shape[dim], along(source, dim)
+
+    def bound(symbol: Any, length: int) -> int:
+        """A bound if the dimension were so long."""
+        if not isinstance(symbol, fx.Node):
+            return symbol
+        measured = _measured(follower, symbol)
+        if measured is not None and torch.equal(measured, neurons):
+            return length
+        return symbol.target(*(bound(each, length) for each in symbol.args))
+
+    def limits(length: int) -> tuple[int, int]:
+        return slice(bound(start, length), bound(stop, length)).indices(length)[:2]
+
+    try:
+        low, high = limits(size)
+        if low >= high or size % (high - low) or low % (high - low):
+            return 0
+        parts, here = size // (high - low), low // (high - low)
+        ways = ((limits(parts * each), (here * each, (here + 1) * each)) for each in range(1, high - low))
+        return parts if all(found == wanted for found, wanted in ways) else 0
+    except TypeError:  # computed from something else
+        return 0
 
 
 @rule("reshape", "view", "unflatten")
@@ -110,9 +191,9 @@ def _sizes(call: Call, ndim: int) -> tuple[list, int]:
     if call.layer is not None:
         sizes, dim = list(call.layer.unflattened_size), call.layer.dim
     elif call.operation == "unflatten":
-        sizes, dim = list(call.node.args[2]), call.node.args[1]
+        sizes, dim = list(call.symbol("sizes", 2)), call.symbol("dim", 1)
     else:
-        sizes, dim = list(call.node.args[1:]), 0
+        sizes, dim = list(call.node.args[1:] or call.symbol("shape", 1, ())), 0
     if call.layer is None and len(sizes) == 1 and isinstance(sizes[0], (tuple, list)):
         sizes = list(sizes[0])
     return sizes, dim % (ndim - len(sizes) + 1) if dim else 0
@@ -120,17 +201,9 @@ def _sizes(call: Call, ndim: int) -> tuple[list, int]:
 
 def _measured(follower: Follower, size: Any) -> Tensor | None:
     """The neurons `(n,)` along the dimension whose length a size in the graph is; None if it is no such length."""
-    if not isinstance(size, fx.Node):
+    if not isinstance(size, fx.Node) or size.target != "size":
         return None
-    if size.op == "call_function" and size.target is operator.getitem and isinstance(size.args[1], int):
-        shape, dim = size.args
-    elif size.op == "call_method" and size.target == "size" and len(size.args) == 2:
-        shape, dim = size, size.args[1]
-    else:
-        return None
-    if not isinstance(shape, fx.Node) or shape.target not in (getattr, "size") or not isinstance(dim, int):
-        return None
-    origin = follower.origins.get(shape.args[0] if shape.args else None)
+    origin, dim = follower.origins.get(size.args[0]), size.args[1]
     if not isinstance(origin, Tensor) or constant(origin, dim):
         return None
     return follower.settle(origin, dim)
@@ -138,7 +211,7 @@ def _measured(follower: Follower, size: Any) -> Tensor | None:
 
 def _told_by_attributes(follower: Follower, call: Call, result: Tensor, dims: list[int]) -> list[int]:
     """The one dimension whose size is an attribute of the module whose code this is, and can shrink with it."""
-    owner = next(reversed(call.node.meta.get("nn_module_stack") or {"": None})).partition("@")[0]
+    owner = call.node.meta["module"]
     module = follower.module_named(owner)
     numbers = {name: held for name, held in vars(module).items() if type(held) is int} if module else {}
     choices = {dim: [name for name, held in numbers.items() if held == result.shape[dim]] for dim in dims}

@@ -50,6 +50,11 @@ class Call:
         """An argument's value, given by name or position."""
         return self.kwargs.get(name, self.args[position] if len(self.args) > position else default)
 
+    def symbol(self, name: str, position: int, default: Any = None) -> Any:
+        """The same as the graph has it: a node where the user's code computes it."""
+        given = self.node.args
+        return self.node.kwargs.get(name, given[position] if len(given) > position else default)
+
 
 Rule = Callable[[Any, Call], Any]
 

@@ -4,33 +4,35 @@ import copy
 import traceback
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nm_lightning.compression.graph.collect import collect
 from nm_lightning.compression.graph.follow import Follower
 from nm_lightning.compression.graph.neurons import Facts, owned
-from nm_lightning.compression.graph.tracer import ours, torchs
+from nm_lightning.compression.graph.tracer import HERE, TORCH
 from nm_lightning.compression.graph.trial import first_line, try_out
-from nm_lightning.compression.structure.copies import without_data
+from nm_lightning.compression.structure.copies import check_network, with_memory, without_data
+from nm_lightning.compression.structure.inputs import Inputs, check_inputs, first, like, repeated, shapes, tensors_in
 from nm_lightning.compression.structure.sites import Trace
 from nm_lightning.errors import InputError
 
 SCOPES = ("hidden", "all")
 
 
-def trace(model: nn.Module, example_input: Tensor, scope: str = "hidden") -> Trace:
+def trace(model: nn.Module, example_input: Inputs, scope: str = "hidden") -> Trace:
     """Find every site of a network.
 
     Args:
-        model: any network that `torch.fx` can trace; its weights are only read.
-        example_input: a batch that `model` accepts; only its shape and dtype matter.
+        model: any network whose code is decided by shapes and settings; its weights are only read.
+        example_input: a batch that `model` accepts: a tensor, a tuple of inputs, or a dictionary of inputs by name.
+            Only shapes and dtypes matter.
         scope: `hidden` for neurons inside a block, `all` for residual streams too.
 
     Returns:
         The sites, and the layers that can't be compressed with the reason why.
 
     Raises:
-        InputError: the network can't be traced, or does not accept the example.
+        InputError: the network decides by values of activations, or does not accept the example.
 
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> [(site.name, site.width, [c.name for c in site.consumers]) for site in trace(net, torch.zeros(1, 4)).sites]
@@ -38,20 +40,15 @@ def trace(model: nn.Module, example_input: Tensor, scope: str = "hidden") -> Tra
     """
     if scope not in SCOPES:
         raise InputError(f"unknown scope {scope!r}: choose from {', '.join(SCOPES)}")
-    facts = Facts()
-    try:
-        hollow = without_data(model).eval()
-        example = _like(example_input[:1], hollow)
-        followers = [_follow(hollow, example, facts)]
-    except InputError:  # a tensor that is no buffer stays where it is, and does not meet the meta device
-        hollow, facts = copy.deepcopy(model).eval(), Facts()
-        example = _like(example_input[:1], hollow)
-        followers = [_follow(hollow, example, facts)]
+    check_inputs(example_input)
+    check_network(model)
+    hollow, example, facts, followers = _attempt(model, example_input)
     seen = {tensor for member in facts.members.values() for tensor, _ in member.slots}
     if any(name not in seen for name, _ in hollow.named_parameters()):  # auxiliary heads exist only in training
         try:
             more = facts.copy()
-            followers.append(_follow(hollow.train(), example.expand(2, *example.shape[1:]), more))
+            count = max(2, len(tensors_in(example)[0]))
+            followers.append(_follow(hollow.train(), repeated(example, count), more))
             facts = more
         except InputError:
             pass  # the network as it is evaluated is known
@@ -68,34 +65,45 @@ def trace(model: nn.Module, example_input: Tensor, scope: str = "hidden") -> Tra
     return found
 
 
-def _like(example: Tensor, model: nn.Module) -> Tensor:
-    """The example on the network's device, and in its dtype if it is a floating-point one."""
-    parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
-    if parameter is None:
-        return example
-    return example.to(parameter.device, parameter.dtype if example.is_floating_point() else None)
+def _attempt(model: nn.Module, given: Inputs) -> tuple[nn.Module, Inputs, Facts, list[Follower]]:
+    """The first way to run the network that works, and what following it told: without data, on two images.
+
+    What depends on the data of a buffer runs with data; what reads its images in groups runs on all that were given.
+    """
+    refusal = None
+    for make in (without_data, with_memory):
+        hollow = make(model).eval()
+        for example in (first(given, 2), given):
+            facts, example = Facts(), like(example, hollow)
+            try:
+                return hollow, example, facts, [_follow(hollow, example, facts)]
+            except InputError as error:
+                refusal = error
+    if isinstance(refusal, Rejected):
+        raise InputError(f"{type(model).__name__} rejects an input of shape {shapes(given)}: {refusal}") from refusal
+    raise refusal
 
 
-def _follow(hollow: nn.Module, example: Tensor, facts: Facts) -> Follower:
+class Rejected(InputError):
+    """The network's own code fails."""
+
+
+def _follow(hollow: nn.Module, example: Inputs, facts: Facts) -> Follower:
+    follower = Follower(hollow, facts)
     try:
-        follower = Follower(hollow, facts)
-    except Exception as error:  # fx raises whatever the user's forward raises on symbolic values
-        raise InputError(
-            f"{type(hollow).__name__} can't be traced by torch.fx: {first_line(error)}{_users_line(error)}"
-        ) from error
-    with torch.no_grad():
-        try:
-            follower.run(example)
-        except Exception as error:  # whatever the user's forward raises
-            raise InputError(
-                f"{type(hollow).__name__} rejects an input of shape {tuple(example.shape)}: {first_line(error)}"
-            ) from error
+        follower.run(example)
+    except InputError:
+        raise
+    except Exception as error:  # whatever the user's forward raises, or a rule
+        if follower.failed:
+            raise Rejected(f"{first_line(error)}{_users_line(error)}") from error
+        raise InputError(f"{type(hollow).__name__} can't be followed: {first_line(error)}") from error
     return follower
 
 
 def _users_line(error: Exception) -> str:
     """Where in the user's code an error arose."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not torchs(f.filename) and not ours(f.filename)]
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((TORCH, HERE))]
     return f" ({frames[-1].filename.rpartition('/')[2]}, line {frames[-1].lineno}: {frames[-1].line})" if frames else ""
 
 

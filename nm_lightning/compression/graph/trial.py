@@ -3,20 +3,19 @@
 It is a copy without data. A site that fails is left alone, with the reason.
 """
 
-import copy
-
 import torch
 from torch import Tensor, fx, nn
 
 from nm_lightning.compression.graph.collect import components, tied_pairs
 from nm_lightning.compression.graph.follow import Follower
 from nm_lightning.compression.graph.neurons import Facts, neurons_in, owned
-from nm_lightning.compression.structure.copies import without_data
+from nm_lightning.compression.structure.copies import with_memory, without_data
+from nm_lightning.compression.structure.inputs import Inputs, tensors_in
 from nm_lightning.compression.structure.plan import apply_plan, plan_sites
 from nm_lightning.compression.structure.sites import Site, Trace
 
 
-def try_out(model: nn.Module, narrow: nn.Module, example: Tensor, facts: Facts, found: Trace) -> None:
+def try_out(model: nn.Module, narrow: nn.Module, example: Inputs, facts: Facts, found: Trace) -> None:
     """Narrow a copy of the model at all sites and follow it again; sites where it goes wrong move to `skipped`.
 
     Args:
@@ -37,7 +36,7 @@ def try_out(model: nn.Module, narrow: nn.Module, example: Tensor, facts: Facts, 
         for number in sorted(faults, reverse=True):
             site = found.sites.pop(number)
             found.skipped |= {member.name: faults[number] for member in site.producers}
-        narrow = (without_data(model) if example.is_meta else copy.deepcopy(model)).eval()
+        narrow = (without_data(model) if tensors_in(example)[0].is_meta else with_memory(model)).eval()
 
 
 def first_line(error: Exception) -> str:
@@ -60,18 +59,16 @@ def _survivors(facts: Facts, sites: list[Site], keeps: dict[str, Tensor]) -> tup
 
 
 def _faults(
-    narrow: nn.Module, example: Tensor, facts: Facts, same: Tensor, stays: Tensor, home: Tensor
+    narrow: nn.Module, example: Inputs, facts: Facts, same: Tensor, stays: Tensor, home: Tensor
 ) -> dict[int, str]:
     """The numbers of the sites where the narrow network goes wrong, each with what is wrong."""
     given = {key: block[stays[block]] for key, block in facts.blocks.items()}
-    seen, follower = Facts(), None
+    seen = Facts()
+    follower = Follower(narrow, seen, given)
     try:
-        follower = Follower(narrow, seen, given)
-        with torch.no_grad():
-            follower.run(example)
+        follower.run(example)
     except Exception as error:  # whatever the user's forward does where its numbers no longer fit
-        nodes = follower.graph.nodes if follower else []
-        failed = next((node for node in nodes if node not in follower.origins), None)
+        failed = next((node for node in follower.graph.nodes if node not in follower.origins), None)
         touched = home if failed is None else home[owned(_neurons_behind(follower, failed))]
         faults = {number: f"a narrower network fails at {failed}: {first_line(error)}" for number in _sites(touched)}
         return faults or dict.fromkeys(_sites(home), f"a narrower network fails: {first_line(error)}")

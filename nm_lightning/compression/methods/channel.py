@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from nm_lightning.compression.statistics.subject import Subject
 from nm_lightning.compression.structure.decomposition import Decomposition, Scaling
+from nm_lightning.compression.structure.inputs import call, clone
 from nm_lightning.compression.structure.operations import CONVOLUTIONS, SOLVABLE
 from nm_lightning.compression.structure.sites import Site
 
@@ -49,7 +50,7 @@ def gram_matrices(subject: Subject, sites: list[Site]) -> dict[str, Tensor]:
         handles.append(network.get_submodule(site.consumers[0].name).register_forward_pre_hook(add, with_kwargs=True))
     try:
         for batch in subject.batches:
-            network(batch.clone())
+            call(network, clone(batch))
     finally:
         for handle in handles:
             handle.remove()

@@ -13,17 +13,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from nm_lightning.compression.graph import Tracer
+from nm_lightning.compression.graph import graph_of, shapes_of
 from nm_lightning.compression.methods.channel import by_channel
 from nm_lightning.compression.settings import Method, choice, number, setting
 from nm_lightning.compression.statistics.joins import Join, find_join, rectified_gap
 from nm_lightning.compression.statistics.patches import correlate, factorise, read_patches
 from nm_lightning.compression.statistics.ranks import ALONE, Ranks
-from nm_lightning.compression.statistics.runs import Run, narrow_norms, shapes_of, used_again, without_in_place
+from nm_lightning.compression.statistics.runs import Run, narrow_norms, used_again, without_in_place
 from nm_lightning.compression.statistics.subject import Subject
 from nm_lightning.compression.structure.columns import add_columns, add_constant, silence
 from nm_lightning.compression.structure.copies import evaluated
 from nm_lightning.compression.structure.decomposition import Decomposition
+from nm_lightning.compression.structure.inputs import Inputs
 from nm_lightning.compression.structure.operations import SOLVABLE
 from nm_lightning.compression.structure.plan import named_tensors
 from nm_lightning.compression.structure.sites import Site
@@ -89,7 +90,7 @@ def reconstruct(
     wide: nn.Module,
     sites: Sequence[Site],
     keeps: Mapping[str, Tensor],
-    batches: Sequence[Tensor],
+    batches: Sequence[Inputs],
     ridge: float = 1e-3,
     rectify: int = 2,
     ranks: Ranks = ALONE,
@@ -102,7 +103,7 @@ def reconstruct(
             in place. A layer without a bias and without a BatchNorm behind it gets a bias.
         sites: the sites that shrink.
         keeps: by site, the survivors `(k,)`.
-        batches: images `(N, ...)` as the network reads them.
+        batches: inputs as the network is called with.
         ridge: what is added to the diagonal of each layer's Gram matrix, as a share of the diagonal's mean.
         rectify: rounds of least squares in which an output below a ReLU's threshold may stay below it.
         ranks: that each have a share of the images.
@@ -111,7 +112,8 @@ def reconstruct(
         By layer, the share of the original output's energy that is still missing; and by layer the reason why it
         could not be solved and is pruned instead.
     """
-    graph = Tracer().trace(original)
+    graph = graph_of(original, batches[0])
+    shapes = shapes_of(graph)
     names = {node.name: node for node in graph.nodes}
     again = used_again(graph, original)
     columns, refused = {}, {}
@@ -128,14 +130,9 @@ def reconstruct(
             else:
                 columns[consumer.name] = columns.get(consumer.name, True) & stays
     tasks = find_tasks(graph, original, columns, refused, again)
-    constants = [node.target for node in graph.nodes if node.op == "get_attr" and "." not in node.target]
-    constants = [name for name in constants if not hasattr(wide, name)]  # fx hangs tensors of the forward's code there
-    for name in constants:
-        setattr(wide, name, getattr(original, name))
     switched = without_in_place(graph, original, wide)
     wanted, found = Run(original, graph, batches), Run(wide, graph, batches)
     found.norms = narrow_norms(original, sites, keeps)
-    shapes = shapes_of(Run(original, graph, [batches[0][:2]]))
     pending = {task.node for task in tasks}
     errors = {}
     for task in progress(tasks, "reconstructing"):
@@ -144,8 +141,6 @@ def reconstruct(
         errors[task.layer] = solve_layer(task, join, wide, wanted, found, ridge, rectify, ranks)
     for module in switched:
         module.inplace = True
-    for name in constants:
-        delattr(wide, name)
     return errors, refused
 
 

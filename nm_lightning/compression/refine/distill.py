@@ -14,6 +14,7 @@ from nm_lightning.compression.statistics.predictions import check_logits
 from nm_lightning.compression.statistics.ranks import ALONE, Ranks
 from nm_lightning.compression.statistics.subject import Subject
 from nm_lightning.compression.structure.copies import evaluated, modes_kept
+from nm_lightning.compression.structure.inputs import Inputs, call, clone, tensors_in, to
 from nm_lightning.compression.structure.operations import BATCH_NORMS
 from nm_lightning.compression.structure.plan import Plan, named_tensors
 from nm_lightning.progress import progress
@@ -39,7 +40,7 @@ class Distill(Refinement):
         """All tensors of the narrow network, trained in a copy."""
         learner = copy.deepcopy(narrow)
         floating = next(parameter.dtype for parameter in learner.parameters())
-        seen = [images.to(floating) if images.is_floating_point() else images for images in subject.batches]
+        seen = [to(batch, dtype=floating) for batch in subject.batches]
         distill(learner, evaluated(subject.model).to(floating), seen, self.epochs, subject.seed, subject.ranks)
         return named_tensors(learner)
 
@@ -47,7 +48,7 @@ class Distill(Refinement):
 def distill(
     narrow: nn.Module,
     original: nn.Module,
-    batches: Sequence[Tensor],
+    batches: Sequence[Inputs],
     epochs: int,
     seed: int = 0,
     ranks: Ranks = ALONE,
@@ -59,7 +60,7 @@ def distill(
     Args:
         narrow: the compressed network; parameters that ask for no gradient stay.
         original: the network as it was, in evaluation mode; it is only read.
-        batches: images as the network reads them.
+        batches: inputs as the network is called with.
         epochs: passes over them.
         seed: of the batches' order.
         ranks: that each have a share of the images; a step takes one batch from each.
@@ -68,9 +69,10 @@ def distill(
     if not epochs or not wanted:
         return
     with torch.no_grad():
-        targets = [(check_logits(original(images.clone())) / TEMPERATURE).log_softmax(dim=-1) for images in batches]
+        targets = [(check_logits(call(original, clone(batch))) / TEMPERATURE).log_softmax(dim=-1) for batch in batches]
     optimiser = torch.optim.Adam(wanted, lr=RATE)
-    (steps,) = ranks.total(torch.tensor(len(batches), device=batches[0].device))
+    device = tensors_in(batches[0])[0].device
+    (steps,) = ranks.total(torch.tensor(len(batches), device=device))
     steps = -(-int(steps) // ranks.size)  # of an epoch, the same on every rank
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, epochs * steps)
     generator = torch.Generator().manual_seed(seed)
@@ -78,7 +80,6 @@ def distill(
     learner = narrow
     if ranks.size > 1:
         learner = nn.parallel.DistributedDataParallel(narrow, find_unused_parameters=True)
-    device = batches[0].device
     forked = torch.random.fork_rng([device] if device.type == "cuda" else [])
     with modes_kept(narrow), torch.enable_grad(), forked:
         narrow.train()
@@ -88,7 +89,7 @@ def distill(
         torch.manual_seed(seed)  # of dropout
         for index in progress(order, "distilling"):
             index %= len(batches)
-            predicted = (learner(batches[index].clone()) / TEMPERATURE).log_softmax(dim=-1)
+            predicted = (call(learner, clone(batches[index])) / TEMPERATURE).log_softmax(dim=-1)
             loss = F.kl_div(predicted, targets[index], reduction="batchmean", log_target=True)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()

@@ -12,6 +12,17 @@ from nm_lightning.compression.settings import Refinement, setting
 from nm_lightning.compression.statistics.ranks import ALONE, Ranks
 from nm_lightning.compression.statistics.subject import Subject
 from nm_lightning.compression.structure.copies import modes_kept
+from nm_lightning.compression.structure.inputs import (
+    Inputs,
+    call,
+    clone,
+    dtype_of,
+    joined,
+    length,
+    split,
+    tensors_in,
+    to,
+)
 from nm_lightning.compression.structure.operations import BATCH_NORMS
 from nm_lightning.compression.structure.plan import Plan
 from nm_lightning.errors import InputError
@@ -33,19 +44,21 @@ class RecalibrateNorm(Refinement):
         """The norms' buffers."""
         learner = copy.deepcopy(narrow)
         if self.on:
-            recalibrate_norms(learner, [images.to(subject.example.dtype) for images in subject.batches], subject.ranks)
+            recalibrate_norms(
+                learner, [to(batch, dtype=dtype_of(subject.example)) for batch in subject.batches], subject.ranks
+            )
         return dict(learner.named_buffers())
 
 
 @torch.no_grad()
-def recalibrate_norms(model: nn.Module, batches: Sequence[Tensor], ranks: Ranks = ALONE) -> None:
+def recalibrate_norms(model: nn.Module, batches: Sequence[Inputs], ranks: Ranks = ALONE) -> None:
     """Estimate the running statistics of all BatchNorms anew on all ranks' images, in place."""
-    (short,) = ranks.total(batches[0].new_tensor(sum(map(len, batches)) < 2, dtype=torch.int64))
+    (short,) = ranks.total(torch.tensor(sum(map(length, batches)) < 2, device=tensors_in(batches[0])[0].device).long())
     if short:
         raise InputError("recalibrate_norm: one image has no variance; give more calibration images")
-    if any(len(batch) == 1 for batch in batches):
-        batches = list(torch.cat(batches).split(2))
-        batches[-2:] = [torch.cat(batches[-2:])] if len(batches[-1]) == 1 else batches[-2:]
+    if any(length(batch) == 1 for batch in batches):
+        batches = split(joined(batches), 2)
+        batches[-2:] = [joined(batches[-2:])] if length(batches[-1]) == 1 else batches[-2:]
     norms = [module for module in model.modules() if isinstance(module, BATCH_NORMS) and module.track_running_stats]
     momenta = [(norm, norm.momentum) for norm in norms]
     with modes_kept(model):
@@ -55,7 +68,7 @@ def recalibrate_norms(model: nn.Module, batches: Sequence[Tensor], ranks: Ranks 
             norm.train()
             norm.momentum = None  # the mean over all batches
         for batch in batches:
-            model(batch.clone())
+            call(model, clone(batch))
     count = norms[0].running_mean.new_tensor(len(batches)) if norms else None
     for norm, momentum in momenta:
         norm.momentum = momentum

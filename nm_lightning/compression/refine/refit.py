@@ -18,15 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from nm_lightning.compression.graph import Tracer
+from nm_lightning.compression.graph import graph_of, shapes_of
 from nm_lightning.compression.report import Report
 from nm_lightning.compression.settings import Refinement, setting, whole
 from nm_lightning.compression.statistics.joins import find_join, rectified_gap
 from nm_lightning.compression.statistics.patches import as_columns, factorise, read_patches
 from nm_lightning.compression.statistics.ranks import ALONE, Ranks
-from nm_lightning.compression.statistics.runs import MEMORY, Run, shapes_of, used_again, without_in_place
+from nm_lightning.compression.statistics.runs import MEMORY, Run, used_again, without_in_place
 from nm_lightning.compression.statistics.subject import Subject
 from nm_lightning.compression.structure.copies import evaluated, plain_copy
+from nm_lightning.compression.structure.inputs import Inputs, first, tensors_in
 from nm_lightning.compression.structure.operations import CONVOLUTIONS, SOLVABLE
 from nm_lightning.compression.structure.plan import Plan
 from nm_lightning.compression.structure.sites import Site
@@ -92,7 +93,7 @@ def refit(
     narrow: nn.Module,
     sites: Sequence[Site],
     plan: Plan,
-    batches: Sequence[Tensor],
+    batches: Sequence[Inputs],
     rounds: int = 1,
     ranks: Ranks = ALONE,
 ) -> tuple[dict[str, Tensor], dict[str, float], dict[str, str]]:
@@ -103,7 +104,7 @@ def refit(
         narrow: the compressed network, by whatever method; it is only read.
         sites: those that shrank.
         plan: what stayed.
-        batches: images `(N, ...)` as the network reads them.
+        batches: inputs as the network is called with.
         rounds: of Gauss-Newton at each site.
         ranks: that each have a share of the images.
 
@@ -112,14 +113,14 @@ def refit(
         missing, where what a rectifier cuts off does not count; and by site the reason why it was left as it is.
     """
     original, fitted = evaluated(original), copy.deepcopy(evaluated(narrow))
-    graphs = [Tracer().trace(network) for network in (original, fitted)]
+    graphs = [graph_of(network, batches[0]) for network in (original, fitted)]
     names = [{node.name for node in graph.nodes} for graph in graphs]
     if names[0] != names[1]:
         return {}, {}, {site.name: "the narrow network's graph differs from the original's" for site in sites}
     for graph, network in zip(graphs, (original, fitted), strict=True):
         without_in_place(graph, network)
     wanted, found = (Run(network, graph, batches) for network, graph in zip((original, fitted), graphs, strict=True))
-    windows, refused = find_windows(sites, plan, wanted, found, ranks.first(len(batches[0])))
+    windows, refused = find_windows(sites, plan, wanted, found, ranks.first(len(tensors_in(batches[0])[0])))
     errors = {}
     for name, window in progress(windows, "refitting"):
         errors[name] = window.solve(rounds, ranks)
@@ -137,8 +138,9 @@ def find_windows(
     network = found.module
     names = {node.name: node for node in found.nodes}
     originals = {node.name: node for node in wanted.nodes}
-    small = Run(network, found.graph, [found.batches[0][:2]])
-    shapes = shapes_of(small)
+    shapes = shapes_of(found.graph)
+    few = shapes[found.nodes[0]][:1].numel()
+    values = Run(network, found.graph, [first(found.batches[0], few)]).first_values()
     called = {node.target for node in found.nodes if node.op == "call_module"}
     again = used_again(found.graph, network)
 
@@ -147,7 +149,7 @@ def find_windows(
         for node in readers:
             join = find_join(node, network, set(), shapes, again)
             rows = [stays for dim, _, stays in plan["slices"].get(f"{node.target}.weight", []) if dim == 0]
-            stays = torch.tensor(rows[0], device=found.batches[0].device) if rows else None
+            stays = torch.tensor(rows[0], device=tensors_in(found.batches[0])[0].device) if rows else None
             axis = 1 if isinstance(network.get_submodule(node.target), CONVOLUTIONS) else -1
             ends[join.end] = End(join.end, originals[join.end.name], axis, stays, join.limit)
         free = {name: network.get_submodule(name) for name in layers}
@@ -173,7 +175,7 @@ def find_windows(
             refused[site.name] = f"{repeated} or its weight is used several times"
         else:
             windows[site.name] = window(makers[0], readers, layers)
-            obstacle = windows[site.name].obstacle(small.env)
+            obstacle = windows[site.name].obstacle(values)
             if obstacle:
                 refused[site.name] = obstacle
                 del windows[site.name]
@@ -184,7 +186,7 @@ def find_windows(
             changed.add(node)
             if solvable(node, network) and node.target not in fitted | again:
                 alone = window(node, [node], [node.target])
-                if getattr(alone.layers[node.target], "groups", 1) == 1 and not alone.obstacle(small.env):
+                if getattr(alone.layers[node.target], "groups", 1) == 1 and not alone.obstacle(values):
                     windows[node.target] = alone
     return sorted(windows.items(), key=lambda item: found.position[item[1].start]), refused
 
@@ -248,7 +250,7 @@ class Window:
     def solve(self, rounds: int, ranks: Ranks = ALONE) -> float:
         """Rounds of Gauss-Newton, until one does not lessen the loss, in place; the loss at the end."""
         self.ranks = ranks
-        energies = torch.zeros(len(self.ends), dtype=torch.float64, device=self.found.batches[0].device)
+        energies = torch.zeros(len(self.ends), dtype=torch.float64, device=tensors_in(self.found.batches[0])[0].device)
         for _, targets, _ in self.batches():
             energies += torch.stack([target.square().sum(dtype=torch.float64) for target in targets])
         (energies,) = self.ranks.total(energies)
@@ -340,7 +342,7 @@ class Window:
 
     def loss(self, parameters: Mapping[str, Tensor]) -> float:
         """The squared residuals' share of the targets' energy, in the mean over the ends."""
-        loss = torch.zeros((), dtype=torch.float64, device=self.found.batches[0].device)
+        loss = torch.zeros((), dtype=torch.float64, device=tensors_in(self.found.batches[0])[0].device)
         for _, targets, env in self.batches():
             gaps, weights = self.gaps(targets, self.values(env, parameters))
             loss += sum((gap.square() * own).sum(dtype=torch.float64) for gap, own in zip(gaps, weights, strict=True))

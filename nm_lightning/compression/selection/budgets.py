@@ -13,6 +13,7 @@ from nm_lightning.compression.settings import Budget, Values, is_number, setting
 from nm_lightning.compression.statistics.subject import Subject
 from nm_lightning.compression.structure.copies import plain_copy, without_data
 from nm_lightning.compression.structure.cost import cost
+from nm_lightning.compression.structure.inputs import Inputs, first, to
 from nm_lightning.compression.structure.plan import apply_plan, plan_sites
 from nm_lightning.compression.structure.sites import Site
 from nm_lightning.errors import InputError
@@ -136,7 +137,7 @@ class Target(Budget):
         def size(widths: Mapping[str, int]) -> int:
             keeps = {site.name: site.survivors(torch.zeros(site.width), widths[site.name]) for site in sites}
             narrow = apply_plan(plain_copy(hollow)[0], plan_sites(sites, keeps))
-            return self.measured(narrow, subject.example[:1].to("meta"))
+            return self.measured(narrow, to(first(subject.example, 1), "meta"))
 
         return share_cut(sites, costs, size, self.share)
 
@@ -155,7 +156,7 @@ class Parameters(Target):
     )
 
     @staticmethod
-    def measured(network: nn.Module, example: Tensor) -> int:
+    def measured(network: nn.Module, example: Inputs) -> int:
         """The number of parameters."""
         return sum(parameter.numel() for parameter in network.parameters())
 
@@ -168,7 +169,7 @@ class Macs(Target):
     share: float = setting(0.5, "likewise, of the multiply-accumulates", SHARE, flag="target_macs", off=None)
 
     @staticmethod
-    def measured(network: nn.Module, example: Tensor) -> int:
+    def measured(network: nn.Module, example: Inputs) -> int:
         """The multiply-accumulates of one image."""
         return cost(network, example).macs
 

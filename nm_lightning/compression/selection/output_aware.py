@@ -20,6 +20,16 @@ from nm_lightning.compression.statistics.predictions import check_logits
 from nm_lightning.compression.statistics.ranks import ALONE, Ranks
 from nm_lightning.compression.statistics.subject import Subject
 from nm_lightning.compression.structure.decomposition import narrow
+from nm_lightning.compression.structure.inputs import (
+    Inputs,
+    call,
+    clone,
+    differentiable,
+    dtype_of,
+    length,
+    split,
+    tensors_in,
+)
 from nm_lightning.compression.structure.operations import CONVOLUTIONS, SOLVABLE
 from nm_lightning.compression.structure.sites import Consumer, Site
 from nm_lightning.errors import InputError
@@ -62,14 +72,16 @@ def _wins(first: Mapping[str, Tensor], second: Mapping[str, Tensor], subject: Su
     """Whether the first choice of survivors leaves the network's predictions less changed, on held-out images."""
     batches = subject.batches
     if len(batches) == 1:
-        batches = batches[0].split((len(batches[0]) + 1) // 2)
+        batches = split(batches[0], (length(batches[0]) + 1) // 2)
     half = max(1, len(batches) // 4)
     seen, held_out = subject.on(batches[:half]), batches[-half:]
     divergences = []
     for keeps in (first, second):
         small, _ = narrow(subject.model, subject.sites, method.decompose(seen, keeps))
-        small.to(held_out[0].dtype).eval()
-        pairs = [(small(x.clone()).log_softmax(-1), subject.evaluated(x.clone()).log_softmax(-1)) for x in held_out]
+        small.to(dtype_of(held_out[0])).eval()
+        pairs = [
+            tuple(call(network, clone(x)).log_softmax(-1) for network in (small, subject.evaluated)) for x in held_out
+        ]
         divergence = torch.stack([F.kl_div(*pair, reduction="sum", log_target=True) for pair in pairs]).sum()
         divergences += subject.ranks.total(divergence)
     return bool(divergences[0] <= divergences[1])
@@ -175,7 +187,7 @@ def eliminate(problems: Sequence[tuple[Tensor, Tensor, Tensor]], width: int, cel
 
 
 def watch(
-    model: nn.Module, sites: Sequence[Site], batches: Sequence[Tensor], seed: int = 0, ranks: Ranks = ALONE
+    model: nn.Module, sites: Sequence[Site], batches: Sequence[Inputs], seed: int = 0, ranks: Ranks = ALONE
 ) -> dict[str, Watch]:
     """Run all ranks' images through the network, and their labels' gradients back; by consumer, what was summed.
 
@@ -185,16 +197,16 @@ def watch(
     fit = [site for site in sites if all(_fits(site, consumer, layers) for consumer in site.consumers)]
     watches = {consumer.name: Watch(layers[consumer.name]) for site in fit for consumer in site.consumers}
     wanting = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    device = batches[0].device
+    device = tensors_in(batches[0])[0].device
     try:
-        if not batches[0].is_floating_point():
+        if not any(tensor.is_floating_point() for tensor in tensors_in(batches[0])):
             raise InputError("criterion output and targets need gradients, the network's inputs are whole numbers")
         for parameter in wanting:
             parameter.requires_grad_(False)
         with torch.enable_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
             for batch in progress(batches, "selecting"):
-                logits = check_logits(model(batch.clone().requires_grad_().clone())).float()
+                logits = check_logits(call(model, differentiable(batch))).float()
                 drawn = torch.distributions.Categorical(logits=logits.detach()).sample()
                 F.cross_entropy(logits.flatten(0, -2), drawn.flatten(), reduction="sum").backward()
     except RuntimeError as error:
@@ -207,7 +219,7 @@ def watch(
             for handle in each.handles:
                 handle.remove()
     for each in watches.values():
-        images = batches[0].new_tensor(each.images, dtype=torch.int64)
+        images = torch.tensor(each.images, device=device)
         each.gram, each.fisher, images = ranks.total(each.gram, each.fisher, images)
         each.images = int(images)
     return watches

@@ -1,16 +1,29 @@
 """Unlabelled images for whatever looks at activations, and the one rule by which ranks share them."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from nm_lightning.batches import inputs_and_labels, read
 from nm_lightning.compression.statistics.ranks import ALONE, Ranks
 from nm_lightning.compression.statistics.synthetic import dead_leaves
+from nm_lightning.compression.structure.inputs import (
+    Inputs,
+    clone,
+    first,
+    joined,
+    length,
+    shapes,
+    split,
+    taken_from,
+    tensors_in,
+    zipped,
+)
 from nm_lightning.errors import InputError
 
 SYNTHETIC = "synthetic"
@@ -45,8 +58,8 @@ class Calibration:
     """Images in batches as the network reads them, gathered when they are first asked for.
 
     Args:
-        source: images `(N, ...)`; batches of them, as a DataLoader gives them, see `inputs_and_labels`; `synthetic`
-            for `dead_leaves`; or None for none.
+        source: inputs like the example; batches of them, as a DataLoader gives them, see `inputs_and_labels`;
+            `synthetic` for `dead_leaves`; or None for none.
         example: a batch that the network accepts; its shape and device are the images', its dtype in at least float32.
         size: how many images at most.
         seed: of the synthetic images.
@@ -55,8 +68,8 @@ class Calibration:
 
     def __init__(
         self,
-        source: Tensor | Iterable | str | None,
-        example: Tensor,
+        source: Inputs | Iterable | str | None,
+        example: Inputs,
         size: int = 1024,
         seed: int = 0,
         ranks: Ranks = ALONE,
@@ -77,51 +90,67 @@ class Calibration:
         return "batches" in vars(self)
 
     @cached_property
-    def batches(self) -> list[Tensor]:
+    def batches(self) -> list[Inputs]:
         """This rank's images in batches.
 
         Raises:
             InputError: no images, or images of another shape.
         """
         check_size(self.size, self.ranks)
-        images, example = self._images(), self.example
-        if not images.ndim or not len(images):
-            raise InputError("calibration has no images")
-        if images.shape[1:] != example.shape[1:]:
-            raise InputError(
-                f"calibration images are {tuple(images.shape[1:])}, the network reads {tuple(example.shape[1:])}"
-            )
-        if not bool(images.isfinite().all()):
-            raise InputError("calibration images hold values that are not finite")
-        length = batch_length(images.shape[1:], images.element_size())
-        low = example.dtype in (torch.float16, torch.bfloat16)
-        images = images.to(example.device, torch.float32 if low else example.dtype)
-        images = images.clone()  # the caller's stay as they are
-        return list(images.split(length))
+        images = self._images()
+        zipped(_check, images, self.example)
+        leader = tensors_in(images)[0]
+        # the caller's stay as they are
+        return split(clone(zipped(_as, images, self.example)), batch_length(leader.shape[1:], leader.element_size()))
 
-    def _images(self) -> Tensor:
+    def _images(self) -> Inputs:
         source, example = self.source, self.example
         if isinstance(source, str):
             if source != SYNTHETIC:
                 raise InputError(f"calibration {source!r}: give a tensor, a DataLoader or {SYNTHETIC!r}")
-            if example.ndim != 4 or not example.is_floating_point():
-                raise InputError(f"synthetic images are (N, C, H, W), the network reads {tuple(example.shape)}")
+            if not isinstance(example, Tensor) or example.ndim != 4 or not example.is_floating_point():
+                raise InputError(f"synthetic images are (N, C, H, W), the network reads {shapes(example)}")
             images = (
                 dead_leaves(self.size, tuple(example.shape[1:]), self.seed) * 4 - 2
             )  # about the range of normalised
             return share(images, batch_length(images.shape[1:]), self.ranks)
-        if isinstance(source, Tensor):
-            return source[: self.size]
+        several = isinstance(source, tuple) and isinstance(example, tuple) and isinstance(source[0], Tensor)
+        if isinstance(source, (Tensor, Mapping)) or several:
+            return first(self._taken(source), self.size)
         if not isinstance(source, Iterable):
             raise InputError(f"calibration is of type {type(source).__name__}: give a tensor or a DataLoader")
         size = -(-self.size // self.ranks.size)  # of this rank's loader
         parts, count = [], 0
         for batch in read(source):
-            part, _ = inputs_and_labels(batch)
-            if not isinstance(part, Tensor):
-                raise InputError(f"calibration gives a {type(batch).__name__}: give batches with a tensor of images")
-            parts.append(part)
-            count += len(part)
+            parts.append(self._taken(batch))
+            count += length(parts[-1])
             if count >= size:
                 break
-        return torch.cat(parts)[:size] if parts else example[:0]
+        return first(joined(parts), size) if parts else first(example, 0)
+
+    def _taken(self, batch: Any) -> Inputs:
+        """The network's inputs in a batch."""
+        single = isinstance(self.example, Tensor)
+        found = inputs_and_labels(batch)[0] if single else taken_from(batch, self.example)
+        leaves = [pytree.tree_flatten(each) for each in (self.example, found)]
+        kinds = [[isinstance(leaf, Tensor) for leaf in flat] for flat, _ in leaves]
+        if leaves[0][1] != leaves[1][1] or kinds[0] != kinds[1]:
+            raise InputError(f"calibration gives a {type(batch).__name__}: give batches like the example")
+        return found
+
+
+def _check(images: Tensor, example: Tensor) -> Tensor:
+    if not images.ndim or not len(images):
+        raise InputError("calibration has no images")
+    if images.shape[1:] != example.shape[1:]:
+        raise InputError(
+            f"calibration images are {tuple(images.shape[1:])}, the network reads {tuple(example.shape[1:])}"
+        )
+    if not bool(images.isfinite().all()):
+        raise InputError("calibration images hold values that are not finite")
+    return images
+
+
+def _as(images: Tensor, example: Tensor) -> Tensor:
+    low = example.dtype in (torch.float16, torch.bfloat16)
+    return images.to(example.device, torch.float32 if low else example.dtype)

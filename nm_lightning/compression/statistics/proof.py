@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from nm_lightning.compression.graph.tracer import leaves_of
 from nm_lightning.compression.statistics.runs import narrow_norms
 from nm_lightning.compression.statistics.subject import Subject
 from nm_lightning.compression.structure.columns import silence
 from nm_lightning.compression.structure.copies import duplicate, evaluated, plain_copy
 from nm_lightning.compression.structure.decomposition import Decomposition, narrow
+from nm_lightning.compression.structure.inputs import Inputs, call, clone, dtype_of, length, shapes, tensors_in, to
 from nm_lightning.compression.structure.operations import SOLVABLE, TRANSPOSED
 from nm_lightning.compression.structure.plan import named_tensors, replace_tensors
 from nm_lightning.compression.structure.sites import Site
@@ -69,15 +70,15 @@ def prove(subject: Subject, keeps: Mapping[str, Tensor]) -> Proof:
     shrinking = [site for site in subject.sites if len(keeps[site.name]) < site.width]
     if not shrinking:
         return Proof()
-    for inputs in (subject.inputs(FEW), subject.inputs(len(subject.example))):
-        proof = Proof(len(inputs), subject.calibration.gathered)
+    for inputs in (subject.inputs(FEW), subject.inputs(length(subject.example))):
+        proof = Proof(length(inputs), subject.calibration.gathered)
         try:
             _, proof.difference = _agreeing(subject, shrinking, keeps, inputs, proof.blamed)
             return subject.ranks.first(proof)
         except Refused as error:  # some networks want whole batches
             refusal = error
-    name, shape = type(subject.model).__name__, tuple(subject.example.shape)
-    raise InputError(f"{name} rejects an input of shape {shape}: {refusal}") from refusal
+    name, given = type(subject.model).__name__, shapes(subject.example)
+    raise InputError(f"{name} rejects an input of shape {given}: {refusal}") from refusal
 
 
 class Refused(Exception):
@@ -85,7 +86,7 @@ class Refused(Exception):
 
 
 def _agreeing(
-    subject: Subject, sites: Sequence[Site], keeps: Mapping[str, Tensor], inputs: Tensor, blamed: dict[str, str]
+    subject: Subject, sites: Sequence[Site], keeps: Mapping[str, Tensor], inputs: Inputs, blamed: dict[str, str]
 ) -> tuple[list[Site], float]:
     """The sites that can be narrowed together, and how far apart the networks are then; the others go to `blamed`."""
     apart, reason = difference(subject, sites, keeps, inputs)
@@ -112,7 +113,7 @@ def _agreeing(
 
 
 def difference(
-    subject: Subject, sites: Sequence[Site], keeps: Mapping[str, Tensor], inputs: Tensor
+    subject: Subject, sites: Sequence[Site], keeps: Mapping[str, Tensor], inputs: Inputs
 ) -> tuple[float, str]:
     """How far the narrow network is from the masked wide one, as a share of a layer's scale, and what that means.
 
@@ -123,7 +124,7 @@ def difference(
     rows = _rows(sites, keeps)
     try:
         apart, place = _apart(small, wide, inputs, rows)
-        close = CLOSER if inputs.dtype == torch.float64 else CLOSE
+        close = CLOSER if dtype_of(inputs) == torch.float64 else CLOSE
         if apart > close:
             apart, place, close = _exactly(small, wide, inputs, rows) or (apart, place, FALLBACK)
     except Refused:
@@ -137,11 +138,11 @@ def difference(
 
 
 def _exactly(
-    small: nn.Module, wide: nn.Module, inputs: Tensor, rows: Mapping[str, Tensor]
+    small: nn.Module, wide: nn.Module, inputs: Inputs, rows: Mapping[str, Tensor]
 ) -> tuple[float, str, float] | None:
     """The same in float64, and how close it must be; None where a forward has a dtype of its own."""
     try:
-        exact = inputs.double() if inputs.is_floating_point() else inputs
+        exact = to(inputs, dtype=torch.float64)
         return (*_apart(*(duplicate(each, copy.deepcopy).double() for each in (small, wide)), exact, rows), CLOSER)
     except Exception:
         return None
@@ -186,7 +187,7 @@ def _rows(sites: Sequence[Site], keeps: Mapping[str, Tensor]) -> dict[str, Tenso
     return found
 
 
-def said(model: nn.Module, inputs: Tensor, hear: Callable[[str, Tensor], None]) -> None:
+def said(model: nn.Module, inputs: Inputs, hear: Callable[[str, Tensor], None]) -> None:
     """Run a network, and tell what each of its layers says, and then it itself; random numbers are always the same."""
 
     def tell(name: str, layer: nn.Module, args: tuple, output: Any) -> None:
@@ -197,18 +198,19 @@ def said(model: nn.Module, inputs: Tensor, hear: Callable[[str, Tensor], None]) 
     layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, (*SOLVABLE, *TRANSPOSED))]
     handles = [layer.register_forward_hook(partial(tell, name)) for name, layer in layers]
     try:
-        with torch.random.fork_rng([inputs.device] if inputs.is_cuda else []):
+        device = tensors_in(inputs)[0].device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(0)
-            given = model(inputs.clone())
+            given = call(model, clone(inputs))
     finally:
         for handle in handles:
             handle.remove()
-    for leaf in pytree.tree_leaves(given):
+    for leaf in leaves_of(given):
         if isinstance(leaf, Tensor):
             hear(OUTPUT, leaf)
 
 
-def _apart(small: nn.Module, wide: nn.Module, inputs: Tensor, rows: Mapping[str, Tensor]) -> tuple[float, str]:
+def _apart(small: nn.Module, wide: nn.Module, inputs: Inputs, rows: Mapping[str, Tensor]) -> tuple[float, str]:
     """The largest difference as a share of each tensor's scale, and where the first of that kind is.
 
     Infinite if shapes, calls or what is not finite differ.

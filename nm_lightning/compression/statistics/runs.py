@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from nm_lightning.compression.graph import operation_name
 from nm_lightning.compression.structure.copies import plain_copy
+from nm_lightning.compression.structure.inputs import Inputs, clone, tensors_in
 from nm_lightning.compression.structure.operations import MIXING_NORMS, facts_of
 from nm_lightning.compression.structure.plan import apply_plan, plan_sites
 from nm_lightning.compression.structure.sites import Site
@@ -47,7 +48,7 @@ class Run(fx.Interpreter):
     Args:
         model: the network, in evaluation mode.
         graph: its graph, or that of a network of the same architecture.
-        batches: the images, `(N, ...)` each.
+        batches: the inputs, each as the network is called with.
         memory: bytes of activations to keep between two stops.
 
     Attributes:
@@ -55,7 +56,7 @@ class Run(fx.Interpreter):
         swapped: by layer, the tensors that stand for its parameters.
     """
 
-    def __init__(self, model: nn.Module, graph: fx.Graph, batches: Sequence[Tensor], memory: int = MEMORY):
+    def __init__(self, model: nn.Module, graph: fx.Graph, batches: Sequence[Inputs], memory: int = MEMORY):
         super().__init__(model, garbage_collect_values=False, graph=graph)
         self.batches, self.memory = batches, memory
         self.nodes = list(graph.nodes)
@@ -76,10 +77,12 @@ class Run(fx.Interpreter):
         for index, batch in enumerate(self.batches[:count]):
             start, env, _ = self.kept.pop(index, (0, {}, 0))
             self.env = env
+            if not start:
+                env |= self.placed(batch)
             for position in range(start, until):
                 node = self.nodes[position]
                 if node not in env and self.last[node] >= position:
-                    env[node] = batch.clone() if position == 0 else self.run_node(node)
+                    env[node] = self.run_node(node)
                 for done in [node, *node.all_input_nodes]:
                     if self.last[done] <= position:
                         env.pop(done, None)
@@ -98,15 +101,23 @@ class Run(fx.Interpreter):
             self.env[node] = self.run_node(node)
         return self.env[node]
 
+    def first_values(self) -> dict[fx.Node, Any]:
+        """All nodes' values for the first batch."""
+        self.env = self.placed(self.batches[0])
+        for node in self.nodes[:-1]:
+            self.value(node)
+        return self.env
+
     def call_module(self, target: str, args: tuple, kwargs: dict) -> Any:
         """The layer, or the narrow norm in its place, or the layer with other parameters."""
         if target in self.swapped:
             return torch.func.functional_call(self.fetch_attr(target), self.swapped[target], args, kwargs)
         return self.norms[target](*args) if target in self.norms else super().call_module(target, args, kwargs)
 
-    def placeholder(self, target: str, args: tuple, kwargs: dict) -> Any:
-        """Further inputs have their default values."""
-        return args[0] if args else None
+    def placed(self, batch: Inputs) -> dict[fx.Node, Tensor]:
+        """A copy of each tensor of a batch, at its placeholder."""
+        nodes = [node for node in self.nodes if node.op == "placeholder"]
+        return dict(zip(nodes, tensors_in(clone(batch)), strict=True))
 
 
 def without_in_place(graph: fx.Graph, *models: nn.Module) -> list[nn.Module]:
@@ -148,13 +159,6 @@ def used_again(graph: fx.Graph, model: nn.Module) -> set[str]:
             owners[id(functools.reduce(getattr, node.target.split("."), model))] += 1
     shared = {name for name in calls for own in model.get_submodule(name).parameters() if owners[id(own)] > 1}
     return shared | {name for name, count in calls.items() if count > 1}
-
-
-def shapes_of(run: Run) -> dict[fx.Node, torch.Size]:
-    """The shape of each node's value that is a tensor, for the first batch."""
-    first, *nodes, _ = run.nodes
-    run.env = {first: run.batches[0].clone()}
-    return {node: value.shape for node in nodes if isinstance(value := run.value(node), Tensor)}
 
 
 def narrow_norms(original: nn.Module, sites: Sequence[Site], keeps: Mapping[str, Tensor]) -> dict[str, NarrowNorm]:

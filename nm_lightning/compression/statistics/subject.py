@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from nm_lightning.compression.statistics.calibration import Calibration
 from nm_lightning.compression.statistics.ranks import Ranks
 from nm_lightning.compression.structure.copies import evaluated
+from nm_lightning.compression.structure.inputs import Inputs, first, mapped
 from nm_lightning.compression.structure.plan import named_tensors
 from nm_lightning.compression.structure.sites import Site
 
@@ -32,7 +33,7 @@ class Subject:
     """
 
     model: nn.Module
-    example: Tensor
+    example: Inputs
     sites: Sequence[Site]
     calibration: Calibration
     seed: int = 0
@@ -40,7 +41,7 @@ class Subject:
     computed: dict[Hashable, object] = field(default_factory=dict, repr=False)
 
     @property
-    def batches(self) -> list[Tensor]:
+    def batches(self) -> list[Inputs]:
         """This rank's calibration images."""
         return self.calibration.batches
 
@@ -49,15 +50,20 @@ class Subject:
         """The processes that compress together."""
         return self.calibration.ranks
 
-    def inputs(self, count: int) -> Tensor:
+    def inputs(self, count: int) -> Inputs:
         """A few calibration images where some are in memory; else drawn inputs, or the example's whole numbers."""
         if self.calibration.gathered:
-            return self.batches[0][:count]
-        low = self.example.dtype in (torch.float16, torch.bfloat16)
-        example = (self.example.float() if low else self.example)[:count]
-        if not example.is_floating_point():
-            return example
-        return torch.randn(example.shape, generator=torch.Generator().manual_seed(self.seed)).to(example)
+            return first(self.batches[0], count)
+        generator = torch.Generator().manual_seed(self.seed)
+
+        def drawn(tensor: Tensor) -> Tensor:
+            if not tensor.is_floating_point():
+                return tensor
+            low = tensor.dtype in (torch.float16, torch.bfloat16)
+            dtype = torch.float32 if low else tensor.dtype
+            return torch.randn(tensor.shape, generator=generator).to(tensor.device, dtype)
+
+        return mapped(drawn, first(self.example, count))
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
@@ -80,7 +86,7 @@ class Subject:
             self.computed[key] = compute()
         return self.computed[key]
 
-    def on(self, batches: Sequence[Tensor]) -> "Subject":
+    def on(self, batches: Sequence[Inputs]) -> "Subject":
         """The same network with other images."""
         calibration = Calibration(None, self.example, ranks=self.ranks)
         calibration.batches = list(batches)

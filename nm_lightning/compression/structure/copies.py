@@ -10,23 +10,27 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize, prune
 from torch.utils import _pytree as pytree
+
+from nm_lightning.compression.structure.plan import tensors_of
+from nm_lightning.compression.structure.wrappers import unwrap_inside, unwrapped  # noqa: F401
+from nm_lightning.errors import InputError
 
 TORCHS = set(vars(nn.Module()))  # what every module has
 REMOVE = {"WeightNorm": nn.utils.remove_weight_norm, "SpectralNorm": nn.utils.remove_spectral_norm}  # hooks of old
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The network inside `DistributedDataParallel`, `DataParallel` and `torch.compile`."""
-    while True:
-        if isinstance(model, (DistributedDataParallel, nn.DataParallel)):
-            model = model.module
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        else:
-            return model
+def check_network(model: nn.Module) -> None:
+    """Raise `InputError` for parts whose weights are no tensors yet, or no longer."""
+    for name, module in model.named_modules():
+        home, label = type(module).__module__, f"{name or 'the network'} ({type(module).__name__})"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise InputError(f"{label} is a TorchScript module: give the module that it was made from")
+        if any(isinstance(own, nn.parameter.UninitializedTensorMixin) for own in module.parameters(recurse=False)):
+            raise InputError(f"{label} is a lazy layer without weights yet: run the network once")
+        if home.startswith(("torch.ao.nn.quantized", "torch.nn.quantized", "torch.ao.nn.intrinsic.quantized")):
+            raise InputError(f"{label} is quantised: compress the network first, then quantise it")
 
 
 def plain_copy(model: nn.Module) -> tuple[nn.Module, list[str]]:
@@ -34,10 +38,10 @@ def plain_copy(model: nn.Module) -> tuple[nn.Module, list[str]]:
 
     It shares its parameters and buffers with the model, but for parametrised ones, which have memory of their own.
     """
-    if any(parametrize.is_parametrized(module) or _hooks(module) for module in model.modules()):
-        narrow = duplicate(model, copy.deepcopy)
-        return narrow, make_plain(narrow)
-    return duplicate(model), []
+    check_network(model)
+    special = any(parametrize.is_parametrized(module) or _hooks(module) for module in model.modules())
+    narrow = duplicate(model, copy.deepcopy) if special else duplicate(model)
+    return narrow, make_plain(narrow)
 
 
 def evaluated(model: nn.Module) -> nn.Module:
@@ -60,6 +64,11 @@ def without_data(model: nn.Module) -> nn.Module:
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
     return result
+
+
+def with_memory(model: nn.Module) -> nn.Module:
+    """A copy that shares nothing with the model."""
+    return duplicate(model, copy.deepcopy)
 
 
 def duplicate(model: nn.Module, each: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> nn.Module:
@@ -91,6 +100,7 @@ def duplicate(model: nn.Module, each: Callable[[Tensor], Tensor] = lambda tensor
         for name, value in list(vars(module).items()):
             if inspect.isroutine(value):
                 setattr(module, name, _rebound(value, twins))
+    unwrap_inside(result)
     return result
 
 
@@ -130,12 +140,11 @@ def own_tensors(narrow: nn.Module, shared: Mapping[str, Tensor]) -> None:
     foreign = {id(tensor) for tensor in shared.values()}
     copies: dict[int, Tensor] = {}
     for module in narrow.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, tensor in tensors.items():
-                if id(tensor) in foreign:
-                    if id(tensor) not in copies:
-                        copies[id(tensor)] = copy.deepcopy(tensor)
-                    tensors[name] = copies[id(tensor)]
+        for home, name, tensor in tensors_of(module):
+            if id(tensor) in foreign:
+                if id(tensor) not in copies:
+                    copies[id(tensor)] = copy.deepcopy(tensor) if tensor.is_leaf else tensor.detach().clone()
+                home[name] = copies[id(tensor)]
 
 
 def _hooks(module: nn.Module) -> list:

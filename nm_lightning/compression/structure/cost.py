@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from nm_lightning.compression.structure.copies import modes_kept
+from nm_lightning.compression.structure.inputs import Inputs, arguments, first
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Cost:
     macs: int
 
 
-def cost(model: nn.Module, example_input: Tensor) -> Cost:
+def cost(model: nn.Module, example_input: Inputs) -> Cost:
     """Count a network's parameters, and its multiply-accumulates on the first image of `example_input`.
 
     >>> cost(nn.Linear(4, 2), torch.zeros(1, 4))
@@ -32,5 +33,7 @@ def cost(model: nn.Module, example_input: Tensor) -> Cost:
     constants = {name: tensor.detach() for name, tensor in model.named_parameters()}
     with modes_kept(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
         model.eval()
-        functional_call(model, constants, (example_input[:1],))  # the counter trips over a parameter that is an input
+        functional_call(
+            model, constants, *arguments(first(example_input, 1))
+        )  # the counter trips over a parameter that is an input
     return Cost(sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2)

@@ -6,8 +6,9 @@ Names are lower case without underscores, as module classes, functions and metho
 
 import operator
 from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 SOLVABLE = (nn.Linear, *CONVOLUTIONS)  # a weight times the input's patches
@@ -24,7 +25,7 @@ class Operation:
 
     Attributes:
         kind: `entry` (each entry for itself), `pool`, `resample`, `pad` (over space, channel by channel), `reduce`,
-            `move` (entries only change their place), `sum`, `product`, `quotient`, `layer` (of those that
+            `move` (entries only change their place), `sum`, `product`, `quotient`, `assign`, `layer` (of those that
             `torch.nn.functional` has, where the weights are arguments).
         homogeneous: whether `f(s x) = s f(x)` for every `s >= 0`.
         idle: whether it leaves its input as it is when the network is evaluated.
@@ -37,6 +38,17 @@ class Operation:
     idle: bool = False
     limit: float | None = None
     twin: object = None
+
+
+def assign_into(tensor: Tensor, index: Any, value: Any) -> Tensor:
+    """`tensor[index] = value`, as an operation with a result."""
+    tensor[index] = value
+    return tensor
+
+
+def assigned(tensor: Tensor, index: Any, value: Any) -> Tensor:
+    """The same in a copy."""
+    return assign_into(tensor.clone(), index, value)
 
 
 def _all(words: str, *like: object, **facts: object) -> dict[str, Operation]:
@@ -86,6 +98,7 @@ OPERATIONS: dict[str, Operation] = {
     "imul": Operation("product", twin=operator.mul),
     **_all("div divide truediv", "quotient"),
     "itruediv": Operation("quotient", twin=operator.truediv),
+    "assigninto": Operation("assign", twin=assigned),
     **_all("linear conv1d conv2d conv3d batchnorm layernorm prelu", "layer"),
 }
 

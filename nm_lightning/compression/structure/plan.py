@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nm_lightning.compression.structure.sites import Site
+from nm_lightning.compression.structure.wrappers import unwrap_inside
 from nm_lightning.errors import InputError
 
 # {"slices": {tensor: [[dimension, groups, positions that stay], ...]}, "attributes": {"layer.attribute": length}},
@@ -56,6 +57,7 @@ def apply_plan(
     Raises:
         InputError: the network lacks a tensor of the plan, or has it too short.
     """
+    unwrap_inside(model)
     for name, length in plan.get("biases", {}).items():
         layer = model.get_submodule(name)
         if layer.bias is None:
@@ -82,10 +84,8 @@ def replace_tensors(model: nn.Module, values: Mapping[str, Tensor]) -> None:
     tensors = named_tensors(model)
     homes: dict[int, list[tuple[dict, str]]] = defaultdict(list)  # the shared ones have several
     for module in model.modules():
-        for held in (module._parameters, module._buffers):
-            for attribute, tensor in held.items():
-                if tensor is not None:
-                    homes[id(tensor)].append((held, attribute))
+        for held, attribute, tensor in tensors_of(module):
+            homes[id(tensor)].append((held, attribute))
     for name, value in values.items():
         old = tensors[name]
         if isinstance(old, nn.Parameter):
@@ -94,9 +94,20 @@ def replace_tensors(model: nn.Module, values: Mapping[str, Tensor]) -> None:
             home[attribute] = value
 
 
+def tensors_of(module: nn.Module) -> list[tuple[dict, str, Tensor]]:
+    """A module's own parameters, buffers and plain tensor attributes, each with the dictionary that holds it."""
+    homes = (module._parameters, module._buffers, vars(module))
+    return [(home, name, value) for home in homes for name, value in home.items() if isinstance(value, Tensor)]
+
+
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by every name they have."""
-    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    """Parameters, buffers and plain tensor attributes by every name they have."""
+    kinds: tuple[dict[str, Tensor], ...] = ({}, {}, {})
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        homes = (module._parameters, module._buffers, vars(module))
+        for home, name, tensor in tensors_of(module):
+            kinds[next(i for i, own in enumerate(homes) if own is home)][f"{prefix}.{name}".lstrip(".")] = tensor
+    return kinds[0] | kinds[1] | kinds[2]
 
 
 def compose(first: Plan, second: Plan) -> Plan:

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from nm_lightning.compression.structure.copies import evaluated, without_data
+from nm_lightning.compression.structure.inputs import Inputs, call, like
 from nm_lightning.compression.structure.operations import CONVOLUTIONS, TRANSPOSED
 from nm_lightning.compression.structure.plan import Plan, apply_plan, named_tensors
 from nm_lightning.compression.structure.sites import Site, Trace
@@ -63,7 +64,7 @@ class Unread:
         return found | {name.rpartition(".")[0] or name: "forward does not read it: left as it is" for name in rest}
 
 
-def unread(model: nn.Module, example: Tensor, found: Trace, whole: Mapping[str, str] | None = None) -> Unread:
+def unread(model: nn.Module, example: Inputs, found: Trace, whole: Mapping[str, str] | None = None) -> Unread:
     """What `forward`, as the network is evaluated, does not read.
 
     Args:
@@ -86,15 +87,13 @@ def unread(model: nn.Module, example: Tensor, found: Trace, whole: Mapping[str, 
     return Unread(parameters, copies, dict(hanging(model, parameters, copies, found.sites) if whole is None else whole))
 
 
-def _read(model: nn.Module, example: Tensor) -> set[str]:
+def _read(model: nn.Module, example: Inputs) -> set[str]:
     """The parameters that an evaluation reads; all, where it can't be told."""
     for copy_of in (without_data, evaluated):
         try:
             network = copy_of(model).eval()
-            first = next(network.parameters())
-            images = example[:1].to(first.device, first.dtype if example.is_floating_point() else None)
             with torch.no_grad(), Reads() as reads:
-                network(images)
+                call(network, like(example, network))
             return reads.names(network)
         except Exception:  # whatever the user's forward raises; the next copy has data
             continue
@@ -138,7 +137,7 @@ def hanging(
     tensors = named_tensors(model)
     for name in parameters:
         tensor, layer = tensors[name], name.rpartition(".")[0]
-        if _within(name, copies) or not tensor.ndim:
+        if _within(name, copies) or not tensor.ndim or _on_another_branch(model, layer):
             continue
         wanted, makes = _widths(model.get_submodule(layer), tensor)
         for site in sites:
@@ -149,6 +148,13 @@ def hanging(
                 found.setdefault(site.name, f"{what} its {width} neurons: it stays whole")
         made |= makes
     return found
+
+
+def _on_another_branch(model: nn.Module, layer: str) -> bool:
+    """Whether the code of `forward` names a layer, which it does not call as it is called here."""
+    parent, _, attribute = layer.rpartition(".")
+    forward = model.get_submodule(parent).forward
+    return bool(attribute) and attribute in getattr(getattr(forward, "__code__", None), "co_names", ())
 
 
 def _widths(layer: nn.Module, tensor: Tensor) -> tuple[set[int], set[int]]:

@@ -43,9 +43,9 @@ def test_layers_that_are_not_looked_into_are_listed():
 
 def test_what_cannot_be_traced_names_the_users_line():
     model = Graph(lambda n, x: n.a(x) if x.sum() > 0 else n.b(x), a=conv(3, 12), b=conv(3, 12))
-    with pytest.raises(InputError, match=r"can't be traced.*test_trace\.py, line \d+: model = Graph"):
+    with pytest.raises(InputError, match=r"decides by an activation's values \(test_trace\.py, line \d+\)"):
         trace(model, torch.zeros(IMAGE))
-    with pytest.raises(InputError, match=r"rejects an input of shape \(2, 7\)|rejects an input of shape \(1, 7\)"):
+    with pytest.raises(InputError, match=r"rejects an input of shape \(2, 7\)"):
         trace(nn.Sequential(conv(3, 4)), torch.zeros(2, 7))
 
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import compress as cli
 from nm_lightning import InputError, compress, trace
-from nm_lightning.compression.graph import Tracer
+from nm_lightning.compression.graph import graph_of
 from nm_lightning.compression.refine import refit as refitting
 from nm_lightning.compression.refine.refit import find_windows, refit
 from nm_lightning.compression.statistics.ranks import Ranks
@@ -22,7 +22,7 @@ from tests.oracles import gap
 
 
 def windows_of(original, narrow, result, sites, x, size=32):
-    graphs = [Tracer().trace(network) for network in (original, narrow)]
+    graphs = [graph_of(network, x) for network in (original, narrow)]
     wanted, found = (
         Run(network, graph, x.split(size)) for network, graph in zip((original, narrow), graphs, strict=True)
     )

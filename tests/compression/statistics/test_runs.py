@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nm_lightning.compression.graph import Tracer
+from nm_lightning.compression.graph import graph_of
 from nm_lightning.compression.statistics.runs import MEMORY, Run
 from tests.networks import Residual, images, lively
 
@@ -15,7 +15,7 @@ FEW = 3 << 15  # bytes: enough for one or two of the three batches inside a bloc
 @torch.no_grad()
 def test_a_run_has_the_same_values_whatever_its_memory_keeps(memory, kept):
     model, batches = lively(Residual()), images(24).split(8)
-    nodes = list(Tracer().trace(model).nodes)
+    nodes = list(graph_of(model, batches[0]).nodes)
     run = Run(model, nodes[0].graph, batches, memory)
     counts = set()
     for stop in (node for node in nodes if node.target in STOPS):
