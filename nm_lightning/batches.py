@@ -54,6 +54,7 @@ def hits(logits: Any, labels: Any, threshold: float = 0.0) -> Tensor | None:
         labels: `(N,)` or `(N, 1)`, whole numbers; of one logit 0 and 1 of any type.
         threshold: above which one logit means class 1.
 
+    >>> import torch
     >>> hits(torch.tensor([[-2.0], [3.0], [1.0]]), torch.tensor([0, 1, 0])).tolist()
     [True, True, False]
     """
@@ -71,6 +72,7 @@ def hits(logits: Any, labels: Any, threshold: float = 0.0) -> Tensor | None:
 def threshold_of(logits: Any) -> float:
     """Above which one logit means class 1: 0, or 0.5 where a sigmoid, as autograd remembers it, made it a probability.
 
+    >>> import torch
     >>> threshold_of(torch.ones(3, 1, requires_grad=True).sigmoid()[:, 0])
     0.5
     """

@@ -1,7 +1,9 @@
 """compress.py: what it writes, what it picks by itself, and one line for each bad input."""
 
 import csv
+import errno
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import torch
 from PIL import Image
 
 import compress
+from nm_lightning.cli import grid
 from nm_lightning.data import build_data
 from nm_lightning.models import build_model
 from nm_lightning.modules import ImageClassifier, evaluate
@@ -161,11 +164,17 @@ def test_compressed_checkpoints_compress_again(workplace, tmp_path):
 
 
 def test_every_form_of_checkpoint_loads(workplace, tmp_path):
-    state = torch.load("runs/lenet_300_100_digits/best.ckpt", weights_only=True)["state_dict"]
+    state, one = torch.load("runs/lenet_300_100_digits/best.ckpt", weights_only=True)["state_dict"], torch.tensor(1)
     bare = {key.removeprefix("model."): value for key, value in state.items()}
     forms = {
         "bare": bare,
         "wrapped": {"acc": 1.0, "state_dict": bare},
+        "compiled": {"model": {f"_orig_mod.{key}": value for key, value in bare.items()}, "args": Code()},
+        "averaged": {
+            "state_dict": {key: torch.zeros_like(value) for key, value in bare.items()},
+            "state_dict_ema": {f"module._orig_mod.{key}": value for key, value in bare.items()} | {"n_averaged": one},
+        },
+        "lightning": {"state_dict": {f"model._orig_mod.{key}": value for key, value in bare.items()}},
         "parallel": {"state_dict": {f"module.{key}": value for key, value in bare.items()}},
         "half": {key: value.half() for key, value in bare.items()},
     }
@@ -175,7 +184,7 @@ def test_every_form_of_checkpoint_loads(workplace, tmp_path):
         flags = ["--checkpoint", str(tmp_path / f"{name}.pth"), "--model", "lenet_300_100", "--data", "digits"]
         compress.main([*flags, "--output", str(tmp_path / name)])
         accuracies[name] = report(tmp_path / name)["baseline"]["accuracy"]
-    assert accuracies["bare"] == accuracies["wrapped"] == accuracies["parallel"]
+    assert len({accuracies[name] for name in forms if name != "half"}) == 1
     assert abs(accuracies["half"] - accuracies["bare"]) < 0.01
 
 
@@ -240,7 +249,10 @@ def test_imagenet_for_real(real_data, tmp_path):
         (["--checkpoint", "missing.ckpt"], "'missing.ckpt' does not exist"),
         (["--checkpoint", "truncated.ckpt"], "'truncated.ckpt' is truncated"),
         (["--checkpoint", "text.ckpt"], "'text.ckpt' is truncated or not a PyTorch checkpoint"),
-        (["--checkpoint", "code.ckpt"], "'code.ckpt' holds more than weights"),
+        (
+            ["--checkpoint", "code.ckpt", "--model", "lenet_300_100", "--data", "digits"],
+            "'code.ckpt' holds whole objects, not weights",
+        ),
         (["--checkpoint", "list.ckpt"], "'list.ckpt' holds a list"),
         (["--checkpoint", "bare.ckpt"], "--model NAME"),
         (["--checkpoint", "bare.ckpt", "--model", "lenet_300_100"], "--data NAME"),
@@ -324,5 +336,55 @@ def test_killed_halfway_leaves_no_result(workplace, tmp_path, number):
     process.send_signal(number)
     assert process.wait(60) != 0
     assert not output.exists()
-    if number != signal.SIGKILL:
+    if number == signal.SIGKILL:
+        (left,) = tmp_path.iterdir()
+        compress.main(["--ratio", "0.5", "--output", str(tmp_path / "another"), "--quiet"])
+        assert not left.exists(), "the next run sweeps"
+        assert (tmp_path / "another" / "report.json").is_file()
+    else:
         assert not list(tmp_path.iterdir())
+
+
+def one_line(output, capsys, *flags):
+    """What compress.py says of an output that it can't have."""
+    with pytest.raises(SystemExit) as exit_:
+        compress.main(["--ratio", "0.5", "--output", str(output), "--quiet", *flags])
+    assert exit_.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def test_two_runs_into_one_folder(workplace, tmp_path, capsys):
+    with grid._appearing(tmp_path / "out") as held:
+        assert "out' is being written by another run" in one_line(tmp_path / "out", capsys)
+        compress.main(["--ratio", "0.5", "--output", str(tmp_path / "out.2"), "--quiet"])  # another folder
+        (held / "report.json").write_text("{}")
+    assert (tmp_path / "out" / "report.json").read_text() == "{}"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.2"]
+
+
+@pytest.mark.parametrize("what", ["full", "vanished", "changed"])
+def test_what_goes_wrong_under_way_is_one_line_and_the_last_result_stays(
+    what, workplace, tmp_path, monkeypatch, capsys
+):
+    compress.main(["--ratio", "0.5", "--output", str(tmp_path / "out"), "--quiet"])
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    capsys.readouterr()
+
+    def fails(*arguments):
+        if what == "vanished":
+            shutil.rmtree(next(tmp_path.glob(".out.*")))
+            return written(*arguments)
+        if what == "full":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        raise FileNotFoundError(2, "No such file or directory", "data/dog/1.png")
+
+    written = grid._save_checkpoint
+    if what == "changed":
+        monkeypatch.setattr("nm_lightning.measure.dealt", lambda loader, ranks: map(fails, loader))
+    else:
+        monkeypatch.setattr(grid, {"full": "write_files", "vanished": "_save_checkpoint"}[what], fails)
+    says = {"full": "No space left on device", "vanished": "can't be written", "changed": "has it changed?"}[what]
+    assert says in one_line(tmp_path / "out", capsys)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

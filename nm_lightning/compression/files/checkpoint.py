@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nm_lightning.compression.compress import CompressionResult
 from nm_lightning.compression.files.inert import load_inert
-from nm_lightning.compression.files.partial import alone, hold, reason, sweep
+from nm_lightning.compression.files.partial import hold, reason, sweep
 from nm_lightning.compression.recipe import Recipe
 from nm_lightning.compression.structure.copies import make_plain
 from nm_lightning.compression.structure.plan import Plan, apply_plan
@@ -54,10 +54,9 @@ def write(path: str | Path, state_dict: dict[str, Tensor], plan: Plan, recipe: R
     partial, held = path.with_name(f".{path.name}.{os.getpid()}.partial"), None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with alone(path.parent):
-            sweep(path.parent, rf"\.{re.escape(path.name)}\.\d+\.partial")
-            partial.touch()
-            held = hold(partial)
+        sweep(path.parent, rf"\.{re.escape(path.name)}\.\d+\.partial")
+        partial.touch()
+        held = hold(partial)
         torch.save(content, partial)
         partial.replace(path)
     except (OSError, RuntimeError) as error:  # torch writes in C++, and says so

@@ -31,7 +31,7 @@ def hold(path: Path) -> int:
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """No other process is in such a block for the same folder; it waits until it is."""
+    """No other process is in such a block for the same folder: each waits for its turn. The folder is not held."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):
@@ -42,10 +42,7 @@ def alone(folder: Path) -> Iterator[None]:
 
 
 def sweep(folder: Path, pattern: str) -> list[Path]:
-    """Remove what dead processes left in a folder under names that match; returns what living ones hold there.
-
-    To be called while `alone`: what is being made is not yet held.
-    """
+    """Remove what dead processes left in a folder under names that match; returns what living ones hold there."""
     living = []
     for path in folder.iterdir():
         if not re.fullmatch(pattern, path.name):
