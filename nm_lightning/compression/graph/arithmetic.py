@@ -10,6 +10,7 @@ from nm_lightning.compression.graph.neurons import along, compact, is_nobodys, l
 from nm_lightning.compression.graph.rules import Call, rule
 from nm_lightning.compression.graph.tracer import operation_name, where
 from nm_lightning.compression.structure.operations import facts_of
+from nm_lightning.compression.structure.sites import NOBODY
 
 # operations that may lie between a parameter and its neighbour
 ON_THE_WAY = {"getitem", "narrow", "select", "squeeze", "unsqueeze", "expand", "permute", "transpose", "movedim", "t"}
@@ -51,6 +52,9 @@ def combine(follower: Follower, call: Call) -> Tensor | None:
     role = f"{'added to' if additive else 'multiplied by'} {'a parameter' if parameter else 'other neurons'}"
     follower.roles[call.node] = role
     follower.tie(first, second, role, additive=additive and not parameter)
+    known, other = (second, first) if follower.is_parameter(first) else (first, second)
+    if parameter:  # a stream goes by the neurons of its layers
+        return torch.where(compact(known) == NOBODY, compact(other), compact(known)).expand_as(value)
     return torch.maximum(compact(first), compact(second)).expand_as(value)
 
 

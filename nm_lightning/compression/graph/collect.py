@@ -141,6 +141,8 @@ def _cells(facts: Facts, number: Tensor, width: int) -> tuple[Tensor, str]:
         counts.index_put_((own[inside], quota.groups[inside]), torch.tensor(1), accumulate=True)
         if (counts == counts[:1]).all() and (counts[0] == counts[0, 0]).all():
             continue  # every neuron has an equal part in each group
+        if quota.reason:
+            return cells, quota.reason
         one_each = len(counts[counts > 0].unique()) == 1 and not ((counts > 0).sum(dim=1) > 1).any()
         if not one_each or len(counts.sum(dim=0).unique()) > 1:
             return cells, "its neurons are spread unevenly over groups"

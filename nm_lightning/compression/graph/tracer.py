@@ -90,7 +90,7 @@ class Recorder(TorchFunctionMode):
         super().__init__()
         self.root, self.graph = root, fx.Graph()
         self.values: dict[fx.Node, Any] = {}
-        self.escaped: list[Whole] = []
+        self.escaped: list[fx.Node] = []
         self.compared: list[Whole] = []
         self.names = {id(tensor): name for name, tensor in reversed(named_tensors(root).items())}
         self.modules = {module: name for name, module in root.named_modules()}
@@ -198,12 +198,6 @@ class Recorder(TorchFunctionMode):
         if not self.live.isdisjoint(sources):
             raise Undecided(type(self.root).__name__, users_frame())
         return function(*args, **kwargs)
-
-    def _assert(self, function: Callable, args: tuple, kwargs: dict) -> None:
-        """`torch._assert`: an activation's values are taken to be as they should."""
-        return (
-            None if any(isinstance(each, Tensor) for each in (*args, *kwargs.values())) else function(*args, **kwargs)
-        )
 
     def _rows(self, function: Callable, args: tuple, kwargs: dict) -> Iterator[Tensor]:
         return iter(self._call("call_method", "unbind", (args[0], 0), {}, Tensor.unbind))
@@ -366,7 +360,6 @@ class Recorder(TorchFunctionMode):
 
 SPECIAL = {
     **dict.fromkeys(DECIDERS, Recorder._decide),
-    **dict.fromkeys((torch._assert, torch._assert_async), Recorder._assert),
     **dict.fromkeys((Tensor.numel, Tensor.nelement, torch.numel), Recorder._count),
     Tensor.size: Recorder._sizes,
     Tensor.__iter__: Recorder._rows,
