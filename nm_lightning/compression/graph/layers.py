@@ -144,7 +144,7 @@ def functional(follower: Follower, call: Call) -> Any:
                 return follower.stop(call, f"{operation} with a computed {label}{where(node)}")
             tensors[label] = follower.name_of(given[label], argument.target)
     call = replace(call, name=tensors["weight"].removesuffix(".weight") if "weight" in tensors else node.name)
-    if operation == "linear" or (tensors and operation.startswith("conv")):
+    if "weight" in tensors and (operation == "linear" or operation.startswith("conv")):
         return _functional_product(follower, call, tensors, given)
     dims = varying(call.source)
     if not tensors:

@@ -143,6 +143,12 @@ class Recorder(TorchFunctionMode):
             keeps = self.hollow and (isinstance(module, (*CHANNEL_NORMS, *MIXING_NORMS)) or _entrywise(module))
             with torch._C.DisableTorchFunction():  # without data there is mostly nothing to compute
                 return self._call("call_module", name, args, kwargs, _unchanged if keeps else module.forward)
+        if name is None and next(module.parameters(), None) is not None:
+            line = users_frame()
+            raise InputError(
+                f"{type(self.root).__name__} runs a {type(module).__name__} that is none of its own modules"
+                + (f" ({line})" if line else "")
+            )
         self._keep_whole(getattr(module.forward, "__globals__", {}))
         self.stack.append(name or (self.stack[-1] if self.stack else ""))
         try:
@@ -296,7 +302,7 @@ class Recorder(TorchFunctionMode):
                 self.values[self.parameters[name]] = tensor
             node = self.parameters[name]
         elif self.hollow and tensor.is_meta and id(tensor) not in self.constants:
-            raise InputError(f"{type(self.root).__name__} makes a tensor by no function of torch's{users_frame()}")
+            raise InputError(f"{type(self.root).__name__} makes a tensor by no function of torch's ({users_frame()})")
         else:
             self.constants[id(tensor)] = tensor
             sources.append(None)

@@ -73,9 +73,8 @@ def _faults(
         failed = next((node for node in follower.graph.nodes if node not in follower.origins), None)
         if failed is None:  # the user's code raised between two operations, mostly by a size that it had compared
             touched = [_sites(home[owned(neurons)]) for neurons in _compared(follower)]
-            return dict.fromkeys(
-                next(filter(None, touched), _sites(home)), f"a narrower network fails: {first_line(error)}"
-            )
+            touched = next(filter(None, touched), _sites(home))
+            return dict.fromkeys(touched, f"a narrower network fails: {first_line(error)}")
         touched = _sites(home[owned(_neurons_behind(follower, failed))]) or _sites(home)
         return dict.fromkeys(touched, f"a narrower network fails at {failed}: {first_line(error)}")
     faults = {}
