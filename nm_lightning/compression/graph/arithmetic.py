@@ -7,8 +7,8 @@ from torch import Tensor, fx
 
 from nm_lightning.compression.graph.follow import Follower
 from nm_lightning.compression.graph.neurons import along, compact, is_nobodys, lay_along, shrink, varying
+from nm_lightning.compression.graph.nodes import operation_name, where
 from nm_lightning.compression.graph.rules import Call, rule
-from nm_lightning.compression.graph.tracer import operation_name, where
 from nm_lightning.compression.structure.operations import facts_of
 from nm_lightning.compression.structure.sites import NOBODY
 

@@ -11,8 +11,8 @@ from torch import Tensor, fx
 
 from nm_lightning.compression.graph.follow import Follower
 from nm_lightning.compression.graph.neurons import Facts, neurons_in, owned
+from nm_lightning.compression.graph.nodes import operation_at_home
 from nm_lightning.compression.graph.rules import known, taught
-from nm_lightning.compression.graph.tracer import operation_at_home
 from nm_lightning.compression.structure.sites import NOBODY, Consumer, Member, Site, Trace
 
 # All tables here have an entry for each neuron and one more, the last, for nobody: `table[NOBODY]` is it.

@@ -27,8 +27,9 @@ from nm_lightning.compression.graph.neurons import (
     shrink,
     varying,
 )
+from nm_lightning.compression.graph.nodes import in_place, operation_at_home, operation_name, where
 from nm_lightning.compression.graph.rules import Call, known, taught
-from nm_lightning.compression.graph.tracer import Recorder, in_place, operation_at_home, operation_name, where
+from nm_lightning.compression.graph.tracer import Recorder
 from nm_lightning.compression.structure.inputs import Inputs
 from nm_lightning.compression.structure.operations import LAYERS, facts_of
 from nm_lightning.compression.structure.sites import Member

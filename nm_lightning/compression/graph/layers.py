@@ -8,8 +8,8 @@ from torch import Tensor, fx, nn
 
 from nm_lightning.compression.graph.follow import Follower
 from nm_lightning.compression.graph.neurons import along, nobody, varying
+from nm_lightning.compression.graph.nodes import where
 from nm_lightning.compression.graph.rules import Call, rule
-from nm_lightning.compression.graph.tracer import where
 from nm_lightning.compression.structure.operations import BATCH_NORMS, CHANNEL_NORMS, CONVOLUTIONS, TRANSPOSED
 from nm_lightning.compression.structure.sites import Member
 

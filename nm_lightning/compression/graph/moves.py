@@ -11,8 +11,8 @@ from torch.utils import _pytree as pytree
 
 from nm_lightning.compression.graph.follow import Follower
 from nm_lightning.compression.graph.neurons import along, canonical, constant, shrink, varying
+from nm_lightning.compression.graph.nodes import where
 from nm_lightning.compression.graph.rules import Call, rule
-from nm_lightning.compression.graph.tracer import where
 from nm_lightning.compression.structure.sites import Member
 
 

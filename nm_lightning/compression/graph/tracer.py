@@ -1,4 +1,4 @@
-"""From a network to `torch.fx`'s graph of it, by running it once on an example; and what a node of that graph is.
+"""From a network to `torch.fx`'s graph of it, by running it once on an example.
 
 Every call of a torch function, and of a layer that is not looked into, becomes a node. The values are ordinary tensors
 all the while, mostly without data, so that the user's code takes the path that it takes when it is called: conditions,
@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 from torch.utils import _pytree as pytree
 
+from nm_lightning.compression.graph.nodes import in_place
 from nm_lightning.compression.graph.numbers import Whole, numbered
 from nm_lightning.compression.graph.rules import RULES, plain, taught
 from nm_lightning.compression.structure.inputs import Inputs, arguments, first, tensors_in
@@ -441,31 +442,3 @@ def users_frame() -> str:
             return f"{Path(frame.f_code.co_filename).name}, line {frame.f_lineno}"
         frame = frame.f_back
     return ""
-
-
-def operation_name(node: fx.Node, layer: nn.Module | None) -> str:
-    """What a node does, lower case without underscores."""
-    if layer is not None:
-        return plain(type(layer).__name__)
-    return plain(node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target)))
-
-
-def operation_at_home(node: fx.Node, layer: nn.Module | None) -> str:
-    """The operation's name in our table; a user's function or layer is not torch's, whatever its name."""
-    name = operation_name(node, layer)
-    home = getattr(node.target if layer is None else type(layer), "__module__", None)
-    at_home = not home or home.startswith(("torch", "_operator", "operator", "builtins", assign_into.__module__))
-    return name if at_home else f"{home}.{name}"
-
-
-def in_place(node: fx.Node, layer: nn.Module | None) -> bool:
-    """Whether an operation writes into its input."""
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    writes = node.op in ("call_method", "call_function") and name.endswith("_") and not name.endswith("__")
-    writes = writes or facts_of(plain(name)).twin is not None
-    return writes or bool(getattr(layer, "inplace", False) is True or node.kwargs.get("inplace", False))
-
-
-def where(node: fx.Node) -> str:
-    """The line of the user's code that a node comes from, in brackets; empty where it is unknown."""
-    return f" ({node.meta['line']})" if "line" in node.meta else ""
