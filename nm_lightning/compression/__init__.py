@@ -1,4 +1,4 @@
-"""Compression as a library: knows torch, not Lightning, and works on any network that `torch.fx` can trace."""
+"""Compression as a library: knows torch, not Lightning; for any network whose code shapes and settings decide."""
 
 from nm_lightning.compression.compress import CompressionResult, Compressor, compress
 from nm_lightning.compression.files.checkpoint import load, save

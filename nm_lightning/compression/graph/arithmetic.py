@@ -7,9 +7,10 @@ from torch import Tensor, fx
 
 from nm_lightning.compression.graph.follow import Follower
 from nm_lightning.compression.graph.neurons import along, compact, is_nobodys, lay_along, shrink, varying
+from nm_lightning.compression.graph.nodes import operation_name, where
 from nm_lightning.compression.graph.rules import Call, rule
-from nm_lightning.compression.graph.tracer import operation_name, where
 from nm_lightning.compression.structure.operations import facts_of
+from nm_lightning.compression.structure.sites import NOBODY
 
 # operations that may lie between a parameter and its neighbour
 ON_THE_WAY = {"getitem", "narrow", "select", "squeeze", "unsqueeze", "expand", "permute", "transpose", "movedim", "t"}
@@ -41,7 +42,7 @@ def combine(follower: Follower, call: Call) -> Tensor | None:
             return both[this]
     dims = set(changes[0]) | set(changes[1])
     for that in range(2):
-        if len(dims) == 1 and not changes[that]:
+        if len(dims) == 1 and not changes[that] and len(call.args) > that:
             both[that] = _bind(follower, call, that, next(iter(dims)), both[that])
     first, second = both
     if torch.equal(compact(first).expand_as(value), compact(second).expand_as(value)):
@@ -51,6 +52,9 @@ def combine(follower: Follower, call: Call) -> Tensor | None:
     role = f"{'added to' if additive else 'multiplied by'} {'a parameter' if parameter else 'other neurons'}"
     follower.roles[call.node] = role
     follower.tie(first, second, role, additive=additive and not parameter)
+    known, other = (second, first) if follower.is_parameter(first) else (first, second)
+    if parameter:  # a stream goes by the neurons of its layers
+        return torch.where(compact(known) == NOBODY, compact(other), compact(known)).expand_as(value)
     return torch.maximum(compact(first), compact(second)).expand_as(value)
 
 
@@ -71,8 +75,8 @@ def _bind(follower: Follower, call: Call, position: int, dim: int, unbound: Tens
     while isinstance(node, fx.Node) and operation_name(node, None) in ON_THE_WAY and len(node.all_input_nodes) > 0:
         steps.append(node)
         node = node.args[0]
-    own = dim - (call.value.ndim - unbound.ndim)
-    if not isinstance(node, fx.Node) or node.op != "get_attr" or own < 0 or unbound.shape[own] != call.value.shape[dim]:
+    own = dim - (call.value.ndim - call.args[position].ndim)
+    if not isinstance(node, fx.Node) or node.op != "get_attr" or own < 0:
         return unbound
     tensor = follower.recorder.values[node]
     if not tensor.is_floating_point() or any(user in follower.origins and user not in steps for user in node.users):
@@ -81,7 +85,7 @@ def _bind(follower: Follower, call: Call, position: int, dim: int, unbound: Tens
         places = lay_along(torch.arange(tensor.shape[axis]), axis, tensor.ndim).expand_as(tensor)
         for step in reversed(steps):
             places = follower.moved(step, places)
-        if varying(places) == [own] and torch.equal(along(places, own), torch.arange(unbound.shape[own])):
+        if varying(places) == [own] and torch.equal(along(places, own), torch.arange(call.value.shape[dim])):
             name = follower.name_of(tensor, node.target)
             follower.origins[node] = follower.bind(replace(call, node=node, value=tensor), name, axis)
             for step in reversed(steps):

@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 from nm_lightning.compression.graph.follow import Follower
 from nm_lightning.compression.graph.neurons import constant, nobody, shrink
+from nm_lightning.compression.graph.nodes import where
 from nm_lightning.compression.graph.rules import Call, rule
-from nm_lightning.compression.graph.tracer import where
 from nm_lightning.compression.structure.operations import facts_of
 from nm_lightning.compression.structure.sites import NOBODY
 

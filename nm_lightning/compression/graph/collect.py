@@ -11,8 +11,8 @@ from torch import Tensor, fx
 
 from nm_lightning.compression.graph.follow import Follower
 from nm_lightning.compression.graph.neurons import Facts, neurons_in, owned
+from nm_lightning.compression.graph.nodes import operation_at_home
 from nm_lightning.compression.graph.rules import known, taught
-from nm_lightning.compression.graph.tracer import operation_at_home
 from nm_lightning.compression.structure.sites import NOBODY, Consumer, Member, Site, Trace
 
 # All tables here have an entry for each neuron and one more, the last, for nobody: `table[NOBODY]` is it.
@@ -141,6 +141,8 @@ def _cells(facts: Facts, number: Tensor, width: int) -> tuple[Tensor, str]:
         counts.index_put_((own[inside], quota.groups[inside]), torch.tensor(1), accumulate=True)
         if (counts == counts[:1]).all() and (counts[0] == counts[0, 0]).all():
             continue  # every neuron has an equal part in each group
+        if quota.reason:
+            return cells, quota.reason
         one_each = len(counts[counts > 0].unique()) == 1 and not ((counts > 0).sum(dim=1) > 1).any()
         if not one_each or len(counts.sum(dim=0).unique()) > 1:
             return cells, "its neurons are spread unevenly over groups"

@@ -27,8 +27,9 @@ from nm_lightning.compression.graph.neurons import (
     shrink,
     varying,
 )
+from nm_lightning.compression.graph.nodes import in_place, operation_at_home, operation_name, where
 from nm_lightning.compression.graph.rules import Call, known, taught
-from nm_lightning.compression.graph.tracer import Recorder, in_place, operation_at_home, operation_name, where
+from nm_lightning.compression.graph.tracer import Recorder
 from nm_lightning.compression.structure.inputs import Inputs
 from nm_lightning.compression.structure.operations import LAYERS, facts_of
 from nm_lightning.compression.structure.sites import Member
@@ -79,7 +80,7 @@ class Follower:
         if error is not None:
             raise error
         for size in self.recorder.escaped:
-            self._hold_measured(size.node, f"its number is read{where(size.node)}")
+            self._hold_measured(size, f"its number of channels is read{where(size)}")
 
     def step(self, node: fx.Node) -> None:
         """Follow one node."""
@@ -286,9 +287,9 @@ class Follower:
         for source in call.node.all_input_nodes:
             self._hold_measured(source, f"its number of channels enters {call.operation}{where(call.node)}")
 
-    def quota(self, neurons: Tensor, groups: int) -> None:
-        """Equally many of each of `groups` consecutive runs must stay."""
-        self.facts.quotas.append(Quota(neurons, torch.arange(groups).repeat_interleave(len(neurons) // groups)))
+    def quota(self, neurons: Tensor, groups: int, reason: str = "") -> None:
+        """Equally many of each of `groups` consecutive runs must stay; see `Quota`."""
+        self.facts.quotas.append(Quota(neurons, torch.arange(groups).repeat_interleave(len(neurons) // groups), reason))
 
     # -- parameters without a layer
 

@@ -8,8 +8,8 @@ from torch import Tensor, fx, nn
 
 from nm_lightning.compression.graph.follow import Follower
 from nm_lightning.compression.graph.neurons import along, nobody, varying
+from nm_lightning.compression.graph.nodes import where
 from nm_lightning.compression.graph.rules import Call, rule
-from nm_lightning.compression.graph.tracer import where
 from nm_lightning.compression.structure.operations import BATCH_NORMS, CHANNEL_NORMS, CONVOLUTIONS, TRANSPOSED
 from nm_lightning.compression.structure.sites import Member
 
@@ -144,7 +144,7 @@ def functional(follower: Follower, call: Call) -> Any:
                 return follower.stop(call, f"{operation} with a computed {label}{where(node)}")
             tensors[label] = follower.name_of(given[label], argument.target)
     call = replace(call, name=tensors["weight"].removesuffix(".weight") if "weight" in tensors else node.name)
-    if operation == "linear" or (tensors and operation.startswith("conv")):
+    if "weight" in tensors and (operation == "linear" or operation.startswith("conv")):
         return _functional_product(follower, call, tensors, given)
     dims = varying(call.source)
     if not tensors:

@@ -11,8 +11,8 @@ from torch.utils import _pytree as pytree
 
 from nm_lightning.compression.graph.follow import Follower
 from nm_lightning.compression.graph.neurons import along, canonical, constant, shrink, varying
+from nm_lightning.compression.graph.nodes import where
 from nm_lightning.compression.graph.rules import Call, rule
-from nm_lightning.compression.graph.tracer import where
 from nm_lightning.compression.structure.sites import Member
 
 
@@ -80,17 +80,19 @@ def shuffle(follower: Follower, call: Call) -> Tensor:
 def pick(follower: Follower, call: Call) -> Any:
     """What is taken by its place among the neurons, or moved by so many places, keeps their number.
 
-    Unless a slice is one of several equal parts, and its bounds grow with the number of neurons.
+    Unless a slice is one of several equal parts, its bounds grow with the number of neurons, and what stays is tied to
+    what stays in the other parts, as in a gated unit.
     """
     source = call.origins[0][0]
     if not isinstance(source, Tensor):
         return move(follower, call)  # a part of a tuple
     for dim, bounds in _places(call, source):
         parts = 0 if bounds is None or constant(source, dim) else _equal_parts(follower, source, dim, *bounds)
+        reason = f"channels are taken by their place{where(call.node)}"
         if parts:
-            follower.quota(follower.settle(source, dim), parts)
+            follower.quota(follower.settle(source, dim), parts, reason)
         else:
-            follower.hold(source, dim, f"channels are taken by their place{where(call.node)}")
+            follower.hold(source, dim, reason)
     index = call.args[1] if len(call.args) > 1 else None
     if any(isinstance(each, Tensor) for each in (index if isinstance(index, tuple) else (index,))):
         return _indexed(call, source, index)

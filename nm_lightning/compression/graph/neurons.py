@@ -28,10 +28,14 @@ class Tie:
 
 @dataclass
 class Quota:
-    """Neurons `(n,)` in groups `(n,)` of which equally many must stay."""
+    """Neurons `(n,)` in groups `(n,)` of which equally many must stay.
+
+    With a reason, this must follow from what is tied to what: else the reason is why they can't shrink.
+    """
 
     neurons: Tensor
     groups: Tensor
+    reason: str = ""
 
 
 @dataclass

@@ -52,7 +52,7 @@ class Whole(_Number, int):
     """A whole number that a size gave."""
 
     def __float__(self) -> float:
-        self.recorder.escaped.append(self)  # as in `math.sqrt`: what becomes of it is not seen
+        self.recorder.escaped.append(self.node)  # as in `math.sqrt`: what becomes of it is not seen
         return float(self.number)
 
 

@@ -11,7 +11,7 @@ from nm_lightning.compression.graph.follow import Follower
 from nm_lightning.compression.graph.neurons import Facts, owned
 from nm_lightning.compression.graph.tracer import HERE, TORCH
 from nm_lightning.compression.graph.trial import first_line, try_out
-from nm_lightning.compression.structure.copies import check_network, with_memory, without_data
+from nm_lightning.compression.structure.copies import check_network, with_data, without_data
 from nm_lightning.compression.structure.inputs import Inputs, check_inputs, first, like, repeated, shapes, tensors_in
 from nm_lightning.compression.structure.sites import Trace
 from nm_lightning.errors import InputError
@@ -71,7 +71,7 @@ def _attempt(model: nn.Module, given: Inputs) -> tuple[nn.Module, Inputs, Facts,
     What depends on the data of a buffer runs with data; what reads its images in groups runs on all that were given.
     """
     refusal = None
-    for make in (without_data, with_memory):
+    for make in (without_data, with_data):
         hollow = make(model).eval()
         for example in (first(given, 2), given):
             facts, example = Facts(), like(example, hollow)

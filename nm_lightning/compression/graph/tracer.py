@@ -1,4 +1,4 @@
-"""From a network to `torch.fx`'s graph of it, by running it once on an example; and what a node of that graph is.
+"""From a network to `torch.fx`'s graph of it, by running it once on an example.
 
 Every call of a torch function, and of a layer that is not looked into, becomes a node. The values are ordinary tensors
 all the while, mostly without data, so that the user's code takes the path that it takes when it is called: conditions,
@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 from torch.utils import _pytree as pytree
 
+from nm_lightning.compression.graph.nodes import in_place
 from nm_lightning.compression.graph.numbers import Whole, numbered
 from nm_lightning.compression.graph.rules import RULES, plain, taught
 from nm_lightning.compression.structure.inputs import Inputs, arguments, first, tensors_in
@@ -90,7 +91,7 @@ class Recorder(TorchFunctionMode):
         super().__init__()
         self.root, self.graph = root, fx.Graph()
         self.values: dict[fx.Node, Any] = {}
-        self.escaped: list[Whole] = []
+        self.escaped: list[fx.Node] = []
         self.compared: list[Whole] = []
         self.names = {id(tensor): name for name, tensor in reversed(named_tensors(root).items())}
         self.modules = {module: name for name, module in root.named_modules()}
@@ -143,6 +144,12 @@ class Recorder(TorchFunctionMode):
             keeps = self.hollow and (isinstance(module, (*CHANNEL_NORMS, *MIXING_NORMS)) or _entrywise(module))
             with torch._C.DisableTorchFunction():  # without data there is mostly nothing to compute
                 return self._call("call_module", name, args, kwargs, _unchanged if keeps else module.forward)
+        if name is None and next(module.parameters(), None) is not None:
+            line = users_frame()
+            raise InputError(
+                f"{type(self.root).__name__} runs a {type(module).__name__} that is none of its own modules"
+                + (f" ({line})" if line else "")
+            )
         self._keep_whole(getattr(module.forward, "__globals__", {}))
         self.stack.append(name or (self.stack[-1] if self.stack else ""))
         try:
@@ -198,12 +205,6 @@ class Recorder(TorchFunctionMode):
         if not self.live.isdisjoint(sources):
             raise Undecided(type(self.root).__name__, users_frame())
         return function(*args, **kwargs)
-
-    def _assert(self, function: Callable, args: tuple, kwargs: dict) -> None:
-        """`torch._assert`: an activation's values are taken to be as they should."""
-        return (
-            None if any(isinstance(each, Tensor) for each in (*args, *kwargs.values())) else function(*args, **kwargs)
-        )
 
     def _rows(self, function: Callable, args: tuple, kwargs: dict) -> Iterator[Tensor]:
         return iter(self._call("call_method", "unbind", (args[0], 0), {}, Tensor.unbind))
@@ -302,7 +303,7 @@ class Recorder(TorchFunctionMode):
                 self.values[self.parameters[name]] = tensor
             node = self.parameters[name]
         elif self.hollow and tensor.is_meta and id(tensor) not in self.constants:
-            raise InputError(f"{type(self.root).__name__} makes a tensor by no function of torch's{users_frame()}")
+            raise InputError(f"{type(self.root).__name__} makes a tensor by no function of torch's ({users_frame()})")
         else:
             self.constants[id(tensor)] = tensor
             sources.append(None)
@@ -366,7 +367,6 @@ class Recorder(TorchFunctionMode):
 
 SPECIAL = {
     **dict.fromkeys(DECIDERS, Recorder._decide),
-    **dict.fromkeys((torch._assert, torch._assert_async), Recorder._assert),
     **dict.fromkeys((Tensor.numel, Tensor.nelement, torch.numel), Recorder._count),
     Tensor.size: Recorder._sizes,
     Tensor.__iter__: Recorder._rows,
@@ -442,31 +442,3 @@ def users_frame() -> str:
             return f"{Path(frame.f_code.co_filename).name}, line {frame.f_lineno}"
         frame = frame.f_back
     return ""
-
-
-def operation_name(node: fx.Node, layer: nn.Module | None) -> str:
-    """What a node does, lower case without underscores."""
-    if layer is not None:
-        return plain(type(layer).__name__)
-    return plain(node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target)))
-
-
-def operation_at_home(node: fx.Node, layer: nn.Module | None) -> str:
-    """The operation's name in our table; a user's function or layer is not torch's, whatever its name."""
-    name = operation_name(node, layer)
-    home = getattr(node.target if layer is None else type(layer), "__module__", None)
-    at_home = not home or home.startswith(("torch", "_operator", "operator", "builtins", assign_into.__module__))
-    return name if at_home else f"{home}.{name}"
-
-
-def in_place(node: fx.Node, layer: nn.Module | None) -> bool:
-    """Whether an operation writes into its input."""
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    writes = node.op in ("call_method", "call_function") and name.endswith("_") and not name.endswith("__")
-    writes = writes or facts_of(plain(name)).twin is not None
-    return writes or bool(getattr(layer, "inplace", False) is True or node.kwargs.get("inplace", False))
-
-
-def where(node: fx.Node) -> str:
-    """The line of the user's code that a node comes from, in brackets; empty where it is unknown."""
-    return f" ({node.meta['line']})" if "line" in node.meta else ""

@@ -3,13 +3,15 @@
 It is a copy without data. A site that fails is left alone, with the reason.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, fx, nn
 
 from nm_lightning.compression.graph.collect import components, tied_pairs
 from nm_lightning.compression.graph.follow import Follower
-from nm_lightning.compression.graph.neurons import Facts, neurons_in, owned
-from nm_lightning.compression.structure.copies import with_memory, without_data
+from nm_lightning.compression.graph.neurons import Facts, along, neurons_in, owned
+from nm_lightning.compression.structure.copies import with_data, without_data
 from nm_lightning.compression.structure.inputs import Inputs, tensors_in
 from nm_lightning.compression.structure.plan import apply_plan, plan_sites
 from nm_lightning.compression.structure.sites import Site, Trace
@@ -36,7 +38,7 @@ def try_out(model: nn.Module, narrow: nn.Module, example: Inputs, facts: Facts, 
         for number in sorted(faults, reverse=True):
             site = found.sites.pop(number)
             found.skipped |= {member.name: faults[number] for member in site.producers}
-        narrow = (without_data(model) if tensors_in(example)[0].is_meta else with_memory(model)).eval()
+        narrow = (without_data(model) if tensors_in(example)[0].is_meta else with_data(model)).eval()
 
 
 def first_line(error: Exception) -> str:
@@ -69,9 +71,12 @@ def _faults(
         follower.run(example)
     except Exception as error:  # whatever the user's forward does where its numbers no longer fit
         failed = next((node for node in follower.graph.nodes if node not in follower.origins), None)
-        touched = home if failed is None else home[owned(_neurons_behind(follower, failed))]
-        faults = {number: f"a narrower network fails at {failed}: {first_line(error)}" for number in _sites(touched)}
-        return faults or dict.fromkeys(_sites(home), f"a narrower network fails: {first_line(error)}")
+        if failed is None:  # the user's code raised between two operations, mostly by a size that it had compared
+            touched = [_sites(home[owned(neurons)]) for neurons in _compared(follower)]
+            touched = next(filter(None, touched), _sites(home))
+            return dict.fromkeys(touched, f"a narrower network fails: {first_line(error)}")
+        touched = _sites(home[owned(_neurons_behind(follower, failed))]) or _sites(home)
+        return dict.fromkeys(touched, f"a narrower network fails at {failed}: {first_line(error)}")
     faults = {}
     for key, member in facts.members.items():
         if key in seen.members and member.kind != "rows":
@@ -84,6 +89,13 @@ def _faults(
 def _sites(home: Tensor) -> list[int]:
     """The sites among the homes of neurons."""
     return owned(home.unique()).tolist()
+
+
+def _compared(follower: Follower) -> Iterator[Tensor]:
+    """The neurons whose number was compared, the last first."""
+    for size in reversed(follower.recorder.compared):
+        for neurons, dim in follower.measured(size.node):
+            yield along(neurons, dim)
 
 
 def _neurons_behind(follower: Follower, node: fx.Node) -> Tensor:

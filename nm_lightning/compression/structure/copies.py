@@ -66,7 +66,7 @@ def without_data(model: nn.Module) -> nn.Module:
     return result
 
 
-def with_memory(model: nn.Module) -> nn.Module:
+def with_data(model: nn.Module) -> nn.Module:
     """A copy that shares nothing with the model."""
     return duplicate(model, copy.deepcopy)
 

@@ -172,7 +172,7 @@ def used_after_a_change_in_place(x):
         (lambda x: x * x, "multiplied by itself"),
         (nn.ConstantPad2d(1, 2.0), "padded with a constant"),
         (lambda x: nn.functional.pad(x, (1, 1), value=2.0), "padded with a constant"),
-        (used_after_a_change_in_place, "changed in place"),
+        (used_after_a_change_in_place, "a constant is added"),
         (nn.PReLU(8), "a slope for each channel"),
         (nn.GroupNorm(2, 8), "mixes channels"),
     ],

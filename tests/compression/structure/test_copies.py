@@ -5,8 +5,9 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
-from nm_lightning import compress
+from nm_lightning import InputError, compress, load, save, trace
 
 
 @pytest.mark.parametrize("kind", ["weight_norm", "old_weight_norm", "mask", "spectral_norm"])
@@ -37,3 +38,73 @@ def test_wrappers_are_taken_off():
     narrow = compress(nn.DataParallel(torch.compile(model)), torch.zeros(1, 6), ratio=0.5).model
     assert type(narrow) is nn.Sequential
     assert pickle.loads(pickle.dumps(narrow))[0].out_features == 6
+
+
+def small():
+    return nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 3))
+
+
+class Outer(nn.Module):
+    """A network whose part is wrapped."""
+
+    def __init__(self, wrap):
+        super().__init__()
+        self.backbone, self.head = wrap(small()[:4]), nn.Linear(12, 3)
+
+    def forward(self, x):
+        return self.head(self.backbone(x))
+
+
+def compiled_in_place(module):
+    module.compile(backend="eager")
+    return module
+
+
+WRAPS = {
+    "compiled": lambda module: torch.compile(module, backend="eager"),
+    "compiled in place": compiled_in_place,
+    "data parallel": nn.DataParallel,
+    "averaged": AveragedModel,
+}
+
+
+@pytest.mark.parametrize("kind", WRAPS)
+def test_wrappers_inside_are_taken_off_too(kind, tmp_path):
+    x, model = torch.randn(4, 6), Outer(WRAPS[kind])
+    result = compress(model, x, "prune", ratio=0.5)
+    assert result.report.widths == {"backbone.0": 6, "backbone.2": 6}
+    assert type(result.model.backbone) is nn.Sequential
+    assert result.model(x).shape == (4, 3), "no wide code runs"
+    save(result, tmp_path / "small.pt")
+    torch.testing.assert_close(load(tmp_path / "small.pt", into=Outer(WRAPS[kind]))(x), result.model(x))
+    assert compress(WRAPS[kind](small()), x, ratio=0.5).report.widths == {"0": 6, "2": 6}
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: torch.jit.script(small()), "is a TorchScript module"),
+        (lambda: nn.Sequential(nn.LazyLinear(12), nn.ReLU(), nn.LazyLinear(3)), r"^0 \(LazyLinear\) is a lazy layer"),
+        (lambda: torch.ao.quantization.quantize_dynamic(small(), {nn.Linear}, torch.qint8), r"\(Linear\) is quantised"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_parts_without_plain_weights_are_refused_in_one_line(make, says):
+    for find in (compress, trace):
+        with pytest.raises(InputError, match=says):
+            find(make(), torch.randn(2, 6))
+
+
+def test_an_activation_that_a_network_keeps_is_no_obstacle():
+    class Watched(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 12), nn.Linear(12, 3)
+
+        def forward(self, x):
+            self.activation = self.a(x).relu()
+            return self.b(self.activation)
+
+    model, x = Watched(), torch.randn(4, 6)
+    model(x)
+    assert compress(model, x, "merge", ratio=0.5).model(x).shape == (4, 3)
