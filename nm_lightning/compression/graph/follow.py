@@ -53,6 +53,7 @@ class Follower:
     Attributes:
         origins: the neurons that each node's value carries.
         root: the network.
+        apart: the nodes that take channels by their place.
         roles: what each node does to a neuron: `produce`, `norm`, `move`, `scale`, or an obstacle's sentence.
         failed: whether the network itself failed, and not the following.
     """
@@ -64,6 +65,7 @@ class Follower:
         self.facts, self.given = facts, given or {}
         self.origins: dict[fx.Node, Any] = {}
         self.roles: dict[fx.Node, str] = {}
+        self.apart: set[fx.Node] = set()
         self.failed = False
 
     @torch.no_grad()
@@ -172,7 +174,24 @@ class Follower:
         self._note(call, Member(call.name, "rows", slots, counts or {}, neurons))
         if groups > 1:
             self.quota(neurons, groups)
+        if self.apart and self._reads_apart(call.node):
+            self.freeze(neurons, f"it reads channels that are taken by their place{where(call.node)}")
         return lay_along(neurons, dim, call.value.ndim).expand_as(call.value)
+
+    def _reads_apart(self, node: fx.Node) -> bool:
+        """Whether a layer reads some of the channels that another makes, which the code takes by their place.
+
+        Such code counts channels, so what it makes of them stays whole, too.
+        """
+        ahead, seen = list(node.all_input_nodes), set()
+        while ahead:
+            here = ahead.pop()
+            if here in self.apart:
+                return True
+            if here not in seen and self.roles.get(here) not in (None, "produce"):
+                seen.add(here)
+                ahead += here.all_input_nodes
+        return False
 
     def read(self, call: Call, slots: Slots, dim: int, counts: Counts = None, groups: int = 1) -> None:
         """The layer's columns read the neurons along `dim` of its source; the arguments are those of `produce`."""

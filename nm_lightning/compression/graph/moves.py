@@ -86,7 +86,10 @@ def pick(follower: Follower, call: Call) -> Any:
     source = call.origins[0][0]
     if not isinstance(source, Tensor):
         return move(follower, call)  # a part of a tuple
-    for dim, bounds in _places(call, source):
+    places = _places(call, source)
+    if call.operation != "roll" and any(not constant(source, dim) for dim, _ in places):
+        follower.apart.add(call.node)
+    for dim, bounds in places:
         parts = 0 if bounds is None or constant(source, dim) else _equal_parts(follower, source, dim, *bounds)
         reason = f"channels are taken by their place{where(call.node)}"
         if parts:
