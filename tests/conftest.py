@@ -26,6 +26,11 @@ def pytest_addoption(parser):
     parser.addoption("--paper", action="store_true", help="check every published number, not CI's share")
 
 
+def pytest_collection_modifyitems(items):
+    """What takes minutes starts first, so that no process waits for it in the end."""
+    items.sort(key=lambda item: item.name not in ("test_random_networks", "test_resnet56"))
+
+
 @pytest.fixture(scope="session")
 def assets():
     """The folder with the published checkpoints and the real images."""
