@@ -28,7 +28,8 @@ def pytest_addoption(parser):
 
 def pytest_collection_modifyitems(items):
     """What takes minutes starts first, so that no process waits for it in the end."""
-    items.sort(key=lambda item: item.name not in ("test_random_networks", "test_resnet56"))
+    long = ("test_random_networks", "test_resnet56", "test_a_strangers_network")
+    items.sort(key=lambda item: item.name not in long)
 
 
 @pytest.fixture(scope="session")
