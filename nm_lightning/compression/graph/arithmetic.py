@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from nm_lightning.compression.graph.follow import Follower
 from nm_lightning.compression.graph.neurons import along, compact, is_nobodys, lay_along, shrink, varying
@@ -79,6 +79,8 @@ def _bind(follower: Follower, call: Call, position: int, dim: int, unbound: Tens
     if not isinstance(node, fx.Node) or node.op != "get_attr" or own < 0:
         return unbound
     tensor = follower.recorder.values[node]
+    if facts_of(call.operation).kind == "sum" and not isinstance(tensor, nn.Parameter):
+        return unbound  # fixed positions say something where a layer says nothing, and no criterion sees them
     if not tensor.is_floating_point() or any(user in follower.origins and user not in steps for user in node.users):
         return unbound
     for axis in range(tensor.ndim):
