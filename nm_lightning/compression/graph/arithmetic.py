@@ -79,8 +79,8 @@ def _bind(follower: Follower, call: Call, position: int, dim: int, unbound: Tens
     if not isinstance(node, fx.Node) or node.op != "get_attr" or own < 0:
         return unbound
     tensor = follower.recorder.values[node]
-    if not isinstance(tensor, nn.Parameter) and facts_of(call.operation).kind == "sum":
-        return unbound  # a table of constants, as of positions, speaks where every layer is silent
+    if facts_of(call.operation).kind == "sum" and not isinstance(tensor, nn.Parameter):
+        return unbound  # fixed positions say something where a layer says nothing, and no criterion sees them
     if not tensor.is_floating_point() or any(user in follower.origins and user not in steps for user in node.users):
         return unbound
     for axis in range(tensor.ndim):

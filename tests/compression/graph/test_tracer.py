@@ -43,7 +43,7 @@ class Pair(nn.Module):
 
 
 class Encoded(nn.Module):
-    """Tokens with positions, which some function takes from `made`."""
+    """Tokens times something for each position, which some function takes from `made`."""
 
     def __init__(self, positions, **made):
         super().__init__()
@@ -52,7 +52,7 @@ class Encoded(nn.Module):
             setattr(self, name, tensor)
 
     def forward(self, x):
-        return self.b(F.relu(self.a(x) + self.positions(self, x)))
+        return self.b(F.relu(self.a(x) * self.positions(self, x)))
 
 
 @dataclasses.dataclass
@@ -277,6 +277,20 @@ def test_what_is_done_by_place_or_number_of_channels_stays(name):
     found = trace(network(lambda n, x: head(n, APART[name](F.relu(n.a(x))))), IMAGE)
     assert [site.name for site in found.sites] == ["b"]
     assert "test_tracer.py, line" in found.skipped["a"]
+
+
+def test_fixed_positions_that_are_added_stay_with_their_neurons():
+    """They say something where a layer says nothing: a neuron that looks dead is not."""
+
+    def forward(n, x):
+        return n.b(F.relu(n.f(n.a(x) + n.p[: x.size(1)])))
+
+    tables = {"buffer": nn.Buffer(torch.randn(9, 16)), "attribute": torch.randn(9, 16)}
+    for table in tables.values():
+        model = Graph(forward, a=nn.Linear(12, 16), f=nn.Linear(16, 8), b=nn.Linear(8, 3), p=table)
+        found = trace(model, TOKENS)
+        assert [site.name for site in found.sites] == ["f"]
+        assert found.skipped["a"] == "added to other neurons, which can't shrink"
 
 
 def test_an_assignment_into_an_activation_stays():
