@@ -40,7 +40,7 @@ def test_report_table_plot_and_loadable_checkpoints(workplace, tmp_path, capsys)
     flags = ["--method", "prune", "merge", "--criterion", "l1-norm", "l2-GM", "--ratio", "0.25", "0.5"]
     compress.main([*flags, "--output", str(tmp_path / "out")])
     content = report(tmp_path / "out")
-    assert set(content["baseline"]) == {"accuracy", "parameters", "macs", "latency"}
+    assert set(content["baseline"]) == {"accuracy", "parameters", "macs", "latency", "logged"}
     assert content["baseline"]["parameters"] == sum(
         p.numel() for p in build_model("lenet_300_100", 10, (1, 8, 8)).parameters()
     )
