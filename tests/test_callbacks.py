@@ -624,7 +624,7 @@ class OnlyAHead(Own):
 @pytest.mark.parametrize(
     ("kind", "settings", "says"),
     [
-        (Untraceable, {}, "can't be traced by torch.fx"),
+        (Untraceable, {}, "decides by an activation's values"),
         (OnlyAHead, {}, "nothing in OnlyAHead can be compressed"),
         (Own, {"widths": {"body.1": 99}}, "width 99 for body.1"),
         (Own, {"sites": ["net.*"]}, "'net.*' matches none"),

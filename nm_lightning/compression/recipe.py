@@ -103,7 +103,14 @@ class Recipe:
     def looks(self) -> str:
         """What needs calibration images; empty if nothing does."""
         parts = [self.method, self.criterion, *self.then, self.budget]
-        return next((f"{part.kind} {part.label}" for part in parts if part.looks), "")
+        part = next((part for part in parts if part.looks), None)
+        if part is None:
+            return ""
+        return (
+            f"{part.kind} {part.label}"
+            if isinstance(part, (Method, Criterion))
+            else next(iter(part.flat()), part.label)
+        )
 
     def check_images(self, calibration: Any) -> None:
         """Raise `InputError` where synthetic images would lead astray: they say nothing of a network's predictions."""

@@ -188,7 +188,8 @@ class Follower:
             here = ahead.pop()
             if here in self.apart:
                 return True
-            if here not in seen and self.roles.get(here) not in (None, "produce"):
+            together = operation_name(here, None) in ("cat", "concat", "stack")
+            if here not in seen and not together and self.roles.get(here) not in (None, "produce"):
                 seen.add(here)
                 ahead += here.all_input_nodes
         return False

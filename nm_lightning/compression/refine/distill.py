@@ -89,7 +89,7 @@ def distill(
         torch.manual_seed(seed)  # of dropout
         for index in progress(order, "distilling"):
             index %= len(batches)
-            predicted = (call(learner, clone(batches[index])) / TEMPERATURE).log_softmax(dim=-1)
+            predicted = (check_logits(call(learner, clone(batches[index]))) / TEMPERATURE).log_softmax(dim=-1)
             loss = F.kl_div(predicted, targets[index], reduction="batchmean", log_target=True)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()

@@ -79,9 +79,8 @@ def _wins(first: Mapping[str, Tensor], second: Mapping[str, Tensor], subject: Su
     for keeps in (first, second):
         small, _ = narrow(subject.model, subject.sites, method.decompose(seen, keeps))
         small.to(dtype_of(held_out[0])).eval()
-        pairs = [
-            tuple(call(network, clone(x)).log_softmax(-1) for network in (small, subject.evaluated)) for x in held_out
-        ]
+        networks = (small, subject.evaluated)
+        pairs = [[check_logits(call(each, clone(x))).log_softmax(-1) for each in networks] for x in held_out]
         divergence = torch.stack([F.kl_div(*pair, reduction="sum", log_target=True) for pair in pairs]).sum()
         divergences += subject.ranks.total(divergence)
     return bool(divergences[0] <= divergences[1])

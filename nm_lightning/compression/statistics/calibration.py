@@ -135,7 +135,7 @@ class Calibration:
         leaves = [pytree.tree_flatten(each) for each in (self.example, found)]
         kinds = [[isinstance(leaf, Tensor) for leaf in flat] for flat, _ in leaves]
         if leaves[0][1] != leaves[1][1] or kinds[0] != kinds[1]:
-            raise InputError(f"calibration gives a {type(batch).__name__}: give batches like the example")
+            raise InputError(f"calibration gives a {type(batch).__name__}: give batches that are tensors")
         return found
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nm_lightning.compression.statistics.calibration import Calibration
 from nm_lightning.compression.statistics.ranks import Ranks
 from nm_lightning.compression.structure.copies import evaluated
-from nm_lightning.compression.structure.inputs import Inputs, first, mapped
+from nm_lightning.compression.structure.inputs import Inputs, first, mapped, to
 from nm_lightning.compression.structure.plan import named_tensors
 from nm_lightning.compression.structure.sites import Site
 
@@ -59,11 +59,10 @@ class Subject:
         def drawn(tensor: Tensor) -> Tensor:
             if not tensor.is_floating_point():
                 return tensor
-            low = tensor.dtype in (torch.float16, torch.bfloat16)
-            dtype = torch.float32 if low else tensor.dtype
-            return torch.randn(tensor.shape, generator=generator).to(tensor.device, dtype)
+            return torch.randn(tensor.shape, generator=generator).to(tensor.device)
 
-        return mapped(drawn, first(self.example, count))
+        dtypes = {own.dtype for own in self.model.parameters() if own.is_floating_point()}
+        return to(mapped(drawn, first(self.example, count)), dtype=torch.float64 if torch.float64 in dtypes else None)
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:

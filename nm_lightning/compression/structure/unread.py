@@ -92,8 +92,9 @@ def _read(model: nn.Module, example: Inputs) -> set[str]:
     for copy_of in (without_data, evaluated):
         try:
             network = copy_of(model).eval()
+            inputs = like(example, network)
             with torch.no_grad(), Reads() as reads:
-                call(network, like(example, network))
+                call(network, inputs)
             return reads.names(network)
         except Exception:  # whatever the user's forward raises; the next copy has data
             continue

@@ -6,13 +6,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-WRAPPERS = (DistributedDataParallel, nn.DataParallel, AveragedModel)
+WRAPPERS = (DistributedDataParallel, nn.DataParallel)
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module, kinds: tuple[type, ...] = (*WRAPPERS, AveragedModel)) -> nn.Module:
     """The network inside `DistributedDataParallel`, `DataParallel`, `AveragedModel` and `torch.compile`."""
     while True:
-        if isinstance(model, WRAPPERS):
+        if isinstance(model, kinds):
             model = model.module
         elif "_orig_mod" in model._modules:
             model = model._orig_mod
@@ -21,11 +21,14 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def unwrap_inside(model: nn.Module) -> None:
-    """Take the wrappers around a network's parts off, in place; a part's own compiled code too."""
+    """Take the wrappers around a network's parts off, in place; a part's own compiled code too.
+
+    A moving average within stays one: it has work to do.
+    """
     for module in list(model.modules()):
         for name, child in module._modules.items():
             if child is not None:
-                module._modules[name] = unwrapped(child)
+                module._modules[name] = unwrapped(child, WRAPPERS)
     for module in model.modules():
         module._compiled_call_impl = None
         forward = getattr(vars(module).get("forward"), "_torchdynamo_orig_callable", None)
