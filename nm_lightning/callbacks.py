@@ -1,6 +1,5 @@
 """The Lightning side of compression: a callback that compresses when training ends, and logs what it cost."""
 
-import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from math import nan
@@ -23,18 +22,17 @@ from nm_lightning.batches import hits, inputs_and_labels, logits_of
 from nm_lightning.compression import CompressionResult, Compressor, Criterion, Distill, Method, Recipe
 from nm_lightning.compression.files.checkpoint import read, sha256, write
 from nm_lightning.compression.files.inert import plain_data
-from nm_lightning.compression.graph.trial import first_line
 from nm_lightning.compression.recipe import takes_settings
-from nm_lightning.compression.settings import AUTO
+from nm_lightning.compression.settings import AUTO, is_auto
 from nm_lightning.compression.statistics.calibration import Calibration, batch_length, check_size, share
 from nm_lightning.compression.statistics.predictions import check_logits
 from nm_lightning.compression.statistics.ranks import Ranks
-from nm_lightning.compression.structure.copies import duplicate, make_plain, modes_kept, plain_copy
+from nm_lightning.compression.structure.copies import make_plain, modes_kept, plain_copy, with_data
 from nm_lightning.compression.structure.decomposition import assign
-from nm_lightning.compression.structure.plan import Plan, apply_plan, compose, named_tensors
+from nm_lightning.compression.structure.plan import Plan, apply_plan, compose, learned, named_tensors
 from nm_lightning.compression.structure.unread import hanging
 from nm_lightning.data import ImageData
-from nm_lightning.errors import InputError
+from nm_lightning.errors import InputError, first_line
 from nm_lightning.measure import Baseline, Measure, Result, as_read, dealt, on_device
 from nm_lightning.modules import ImageClassifier
 from nm_lightning.presets import filled
@@ -351,14 +349,9 @@ class NeuronMergeCallback(Callback):
         return assemble(about, before, [row])
 
 
-def is_auto(value: Any) -> bool:
-    """Whether a setting is left to presets and defaults."""
-    return isinstance(value, str) and value == AUTO
-
-
 def _own(module: LightningModule) -> LightningModule:
     """A copy in memory of its own, neither compiled nor in the Trainer's hands."""
-    twin = duplicate(module, copy.deepcopy)
+    twin = with_data(module)
     for part in twin.modules():
         vars(part).pop("_compiled_call_impl", None)  # `module.compile()`
     twin._compiler_ctx = None  # `fit(torch.compile(module))`
@@ -370,7 +363,8 @@ def _become(module: LightningModule, narrow: LightningModule, plan: Plan) -> Non
     make_plain(module)
     with torch.no_grad():
         apply_plan(module, plan)
-        assign(module, named_tensors(narrow))
+        sliced = {name: tensor for name, tensor in named_tensors(narrow).items() if name in plan.get("slices", {})}
+        assign(module, learned(narrow) | sliced)
 
 
 def _load_best(module: LightningModule, path: str) -> list[str]:

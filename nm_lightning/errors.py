@@ -14,3 +14,8 @@ class RankLost(RuntimeError):
     def __init__(self, cause: Exception):
         reason = (str(cause).splitlines() or [""])[0][:200]
         super().__init__(f"another rank is gone, nothing was written: run it again ({reason})")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; its class, if there is none."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

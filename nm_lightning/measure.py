@@ -18,7 +18,7 @@ from nm_lightning.batches import Key, hits, inputs_and_labels, logits_of, read, 
 from nm_lightning.compression import CompressionResult, Compressor, Recipe, Site, SiteReport, cost
 from nm_lightning.compression.statistics.ranks import ALONE, Ranks
 from nm_lightning.compression.structure.copies import modes_kept
-from nm_lightning.compression.structure.inputs import Inputs, call, repeated, tensors_in
+from nm_lightning.compression.structure.inputs import Inputs, call, like, repeated, tensors_in
 from nm_lightning.compression.structure.vectors import neuron_vectors
 from nm_lightning.errors import InputError
 from nm_lightning.progress import progress
@@ -229,10 +229,8 @@ def on_device(batches: Iterable, data: Any, device: torch.device | str) -> Itera
 
 
 def as_read(images: Any, model: nn.Module) -> Any:
-    """Images in the dtype of the network's weights, if both are floating-point."""
-    if not isinstance(images, Tensor) or not images.is_floating_point():
-        return images
-    return images.to(next((own.dtype for own in model.parameters() if own.is_floating_point()), images.dtype))
+    """Images as the network's weights are, see `like`; what is no tensor stays."""
+    return like(images, model) if isinstance(images, Tensor) else images
 
 
 def dealt(loader: Iterable, ranks: Ranks) -> Iterable:

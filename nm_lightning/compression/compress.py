@@ -16,12 +16,13 @@ from nm_lightning.compression.statistics.calibration import Calibration
 from nm_lightning.compression.statistics.proof import prove
 from nm_lightning.compression.statistics.ranks import Ranks
 from nm_lightning.compression.statistics.subject import Subject
-from nm_lightning.compression.structure.copies import plain_copy, unwrapped
+from nm_lightning.compression.structure.copies import plain_copy
 from nm_lightning.compression.structure.decomposition import assign, narrow
 from nm_lightning.compression.structure.inputs import Inputs, check_inputs
 from nm_lightning.compression.structure.plan import Plan
 from nm_lightning.compression.structure.sites import Site
 from nm_lightning.compression.structure.unread import follow, unread
+from nm_lightning.compression.structure.wrappers import unwrapped
 from nm_lightning.errors import InputError
 
 

@@ -21,6 +21,7 @@ from nm_lightning.compression.settings import (
     check_given,
     choice,
     default_of,
+    is_auto,
     plain,
     setting,
     settings_of,
@@ -81,7 +82,7 @@ class Recipe:
             InputError: a setting that is not known or out of its range, or several budgets.
         """
         known = settings()
-        given = {name: value for name, value in given.items() if not (isinstance(value, str) and value == AUTO)}
+        given = {name: value for name, value in given.items() if not is_auto(value)}
         for name, value in given.items():
             choice(*known).check("setting", name)
             check_given(known[name], value)
@@ -103,14 +104,7 @@ class Recipe:
     def looks(self) -> str:
         """What needs calibration images; empty if nothing does."""
         parts = [self.method, self.criterion, *self.then, self.budget]
-        part = next((part for part in parts if part.looks), None)
-        if part is None:
-            return ""
-        return (
-            f"{part.kind} {part.label}"
-            if isinstance(part, (Method, Criterion))
-            else next(iter(part.flat()), part.label)
-        )
+        return next((part.title for part in parts if part.looks), "")
 
     def check_images(self, calibration: Any) -> None:
         """Raise `InputError` where synthetic images would lead astray: they say nothing of a network's predictions."""

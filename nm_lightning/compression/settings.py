@@ -12,7 +12,14 @@ from nm_lightning.errors import InputError
 
 AUTO = "auto"  # a setting that is left to the paper's preset of a network and its data, or else to its default
 
+ASKED_BY_NAME = ("method", "criterion")  # the other kinds of part are asked for by a setting of theirs
+
 T = TypeVar("T", bound="Part")
+
+
+def is_auto(value: Any) -> bool:
+    """Whether a setting is left to presets and defaults."""
+    return isinstance(value, str) and value == AUTO
 
 
 @dataclass(frozen=True)
@@ -102,6 +109,11 @@ class Part:
     def label(self) -> str:
         """Its name; its class's where it has none."""
         return self.name or type(self).__name__
+
+    @property
+    def title(self) -> str:
+        """What a message calls it: as it was asked for."""
+        return f"{self.kind} {self.label}" if self.kind in ASKED_BY_NAME else next(iter(self.flat()), self.label)
 
     def flat(self) -> dict[str, Any]:
         """Its settings by the names that they have among all, as plain values."""

@@ -10,11 +10,11 @@ from nm_lightning.compression.graph.collect import collect
 from nm_lightning.compression.graph.follow import Follower
 from nm_lightning.compression.graph.neurons import Facts, owned
 from nm_lightning.compression.graph.tracer import HERE, TORCH
-from nm_lightning.compression.graph.trial import first_line, try_out
+from nm_lightning.compression.graph.trial import try_out
 from nm_lightning.compression.structure.copies import check_network, with_data, without_data
 from nm_lightning.compression.structure.inputs import Inputs, check_inputs, first, like, repeated, shapes, tensors_in
 from nm_lightning.compression.structure.sites import Trace
-from nm_lightning.errors import InputError
+from nm_lightning.errors import InputError, first_line
 
 SCOPES = ("hidden", "all")
 

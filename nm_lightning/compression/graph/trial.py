@@ -15,6 +15,7 @@ from nm_lightning.compression.structure.copies import with_data, without_data
 from nm_lightning.compression.structure.inputs import Inputs, tensors_in
 from nm_lightning.compression.structure.plan import apply_plan, plan_sites
 from nm_lightning.compression.structure.sites import Site, Trace
+from nm_lightning.errors import first_line
 
 
 def try_out(model: nn.Module, narrow: nn.Module, example: Inputs, facts: Facts, found: Trace) -> None:
@@ -39,12 +40,6 @@ def try_out(model: nn.Module, narrow: nn.Module, example: Inputs, facts: Facts, 
             site = found.sites.pop(number)
             found.skipped |= {member.name: faults[number] for member in site.producers}
         narrow = (without_data(model) if tensors_in(example)[0].is_meta else with_data(model)).eval()
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message; its class, if there is none."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
 
 
 def _survivors(facts: Facts, sites: list[Site], keeps: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

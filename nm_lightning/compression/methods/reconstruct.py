@@ -6,7 +6,6 @@ the output joins another stream (after its BatchNorm, at the end of a residual b
 what those before it lost; and behind a ReLU only what passes it counts. No labels, no gradient.
 """
 
-import copy
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
@@ -22,7 +21,7 @@ from nm_lightning.compression.statistics.ranks import ALONE, Ranks
 from nm_lightning.compression.statistics.runs import Run, narrow_norms, used_again, without_in_place
 from nm_lightning.compression.statistics.subject import Subject
 from nm_lightning.compression.structure.columns import add_columns, add_constant, silence
-from nm_lightning.compression.structure.copies import evaluated
+from nm_lightning.compression.structure.copies import evaluated, with_data
 from nm_lightning.compression.structure.decomposition import Decomposition
 from nm_lightning.compression.structure.inputs import Inputs
 from nm_lightning.compression.structure.operations import SOLVABLE
@@ -53,7 +52,7 @@ class Reconstruct(Method):
         found = Decomposition.pruned(subject.sites, keeps, self.name)
         shrinking = found.shrinking(subject.sites)
         original = evaluated(subject.model)
-        solved = copy.deepcopy(original)
+        solved = with_data(original)
         sites = [site for site, _, _ in shrinking]
         errors, refused = reconstruct(original, solved, sites, keeps, subject.batches, self.ridge, ranks=subject.ranks)
         for site, row, _ in shrinking:

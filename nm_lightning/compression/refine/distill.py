@@ -1,6 +1,5 @@
 """Fine-tuning without labels: the narrow network learns the original's predictions on calibration images."""
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,10 +12,10 @@ from nm_lightning.compression.settings import Refinement, setting, whole
 from nm_lightning.compression.statistics.predictions import check_logits
 from nm_lightning.compression.statistics.ranks import ALONE, Ranks
 from nm_lightning.compression.statistics.subject import Subject
-from nm_lightning.compression.structure.copies import evaluated, modes_kept
+from nm_lightning.compression.structure.copies import evaluated, modes_kept, with_data
 from nm_lightning.compression.structure.inputs import Inputs, call, clone, tensors_in, to
 from nm_lightning.compression.structure.operations import BATCH_NORMS
-from nm_lightning.compression.structure.plan import Plan, named_tensors
+from nm_lightning.compression.structure.plan import Plan, learned
 from nm_lightning.progress import progress
 
 RATE = 3e-4  # of Adam, at the start; it falls to zero along a cosine
@@ -37,12 +36,12 @@ class Distill(Refinement):
     )
 
     def refine(self, subject: Subject, narrow: nn.Module, plan: Plan, report: Report) -> dict[str, Tensor]:
-        """All tensors of the narrow network, trained in a copy."""
-        learner = copy.deepcopy(narrow)
+        """The narrow network's parameters and buffers, trained in a copy."""
+        learner = with_data(narrow)
         floating = next(parameter.dtype for parameter in learner.parameters())
         seen = [to(batch, dtype=floating) for batch in subject.batches]
         distill(learner, evaluated(subject.model).to(floating), seen, self.epochs, subject.seed, subject.ranks)
-        return named_tensors(learner)
+        return learned(learner)
 
 
 def distill(

@@ -1,6 +1,5 @@
 """BatchNorm statistics estimated anew on calibration images."""
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,7 +10,7 @@ from nm_lightning.compression.report import Report
 from nm_lightning.compression.settings import Refinement, setting
 from nm_lightning.compression.statistics.ranks import ALONE, Ranks
 from nm_lightning.compression.statistics.subject import Subject
-from nm_lightning.compression.structure.copies import modes_kept
+from nm_lightning.compression.structure.copies import modes_kept, with_data
 from nm_lightning.compression.structure.inputs import (
     Inputs,
     call,
@@ -42,7 +41,7 @@ class RecalibrateNorm(Refinement):
 
     def refine(self, subject: Subject, narrow: nn.Module, plan: Plan, report: Report) -> dict[str, Tensor]:
         """The norms' buffers."""
-        learner = copy.deepcopy(narrow)
+        learner = with_data(narrow)
         if self.on:
             recalibrate_norms(
                 learner, [to(batch, dtype=dtype_of(subject.example)) for batch in subject.batches], subject.ranks

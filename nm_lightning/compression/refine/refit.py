@@ -8,7 +8,6 @@ factor of K-FAC, Martens and Grosse, ICML 2015). It needs derivatives of a block
 no epochs. An approximation: few steps of conjugate gradients, site by site.
 """
 
-import copy
 import itertools
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,7 +25,7 @@ from nm_lightning.compression.statistics.patches import as_columns, factorise, r
 from nm_lightning.compression.statistics.ranks import ALONE, Ranks
 from nm_lightning.compression.statistics.runs import MEMORY, Run, used_again, without_in_place
 from nm_lightning.compression.statistics.subject import Subject
-from nm_lightning.compression.structure.copies import evaluated, plain_copy
+from nm_lightning.compression.structure.copies import evaluated, plain_copy, with_data
 from nm_lightning.compression.structure.inputs import Inputs, first, tensors_in
 from nm_lightning.compression.structure.operations import CONVOLUTIONS, SOLVABLE
 from nm_lightning.compression.structure.plan import Plan
@@ -112,7 +111,7 @@ def refit(
         The narrow network's parameters by name; by site, the share of the original's energy at its ends that is still
         missing, where what a rectifier cuts off does not count; and by site the reason why it was left as it is.
     """
-    original, fitted = evaluated(original), copy.deepcopy(evaluated(narrow))
+    original, fitted = evaluated(original), with_data(evaluated(narrow))
     graphs = [graph_of(network, batches[0]) for network in (original, fitted)]
     names = [{node.name for node in graph.nodes} for graph in graphs]
     if names[0] != names[1]:

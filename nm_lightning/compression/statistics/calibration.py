@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from nm_lightning.batches import inputs_and_labels, read
+from nm_lightning.compression.settings import whole
 from nm_lightning.compression.statistics.ranks import ALONE, Ranks
 from nm_lightning.compression.statistics.synthetic import dead_leaves
 from nm_lightning.compression.structure.inputs import (
@@ -32,8 +33,7 @@ BATCH_BYTES = 6 << 20  # of one batch of images: ten photos; never more than 128
 
 def check_size(size: int, ranks: Ranks = ALONE) -> None:
     """Raise `InputError` unless `size` is a number of images, and enough of them to give each rank one."""
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise InputError(f"calibration_size {size!r}: give a whole number from 1")
+    whole(1).check("calibration_size", size)
     if size < ranks.size:
         raise InputError(f"calibration_size {size} leaves some of {ranks.size} ranks without an image: give more")
 
@@ -110,9 +110,7 @@ class Calibration:
                 raise InputError(f"calibration {source!r}: give a tensor, a DataLoader or {SYNTHETIC!r}")
             if not isinstance(example, Tensor) or example.ndim != 4 or not example.is_floating_point():
                 raise InputError(f"synthetic images are (N, C, H, W), the network reads {shapes(example)}")
-            images = (
-                dead_leaves(self.size, tuple(example.shape[1:]), self.seed) * 4 - 2
-            )  # about the range of normalised
+            images = dead_leaves(self.size, tuple(example.shape[1:]), self.seed) * 4 - 2  # about a normalised range
             return share(images, batch_length(images.shape[1:]), self.ranks)
         several = isinstance(source, tuple) and isinstance(example, tuple) and isinstance(source[0], Tensor)
         if isinstance(source, (Tensor, Mapping)) or several:

@@ -5,7 +5,6 @@ say something else. So both networks are run on a few inputs and compared layer 
 a bias. Where they don't agree to rounding, the sites that are to blame are found by bisection.
 """
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,16 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from nm_lightning.compression.graph.tracer import leaves_of
-from nm_lightning.compression.statistics.runs import narrow_norms
+from nm_lightning.compression.statistics.runs import channels_that_stay, narrow_norms
 from nm_lightning.compression.statistics.subject import Subject
 from nm_lightning.compression.structure.columns import silence
-from nm_lightning.compression.structure.copies import duplicate, evaluated, plain_copy
+from nm_lightning.compression.structure.copies import evaluated, plain_copy, with_data
 from nm_lightning.compression.structure.decomposition import Decomposition, narrow
 from nm_lightning.compression.structure.inputs import Inputs, call, clone, dtype_of, length, shapes, tensors_in, to
 from nm_lightning.compression.structure.operations import SOLVABLE, TRANSPOSED
 from nm_lightning.compression.structure.plan import named_tensors, replace_tensors
 from nm_lightning.compression.structure.sites import Site
-from nm_lightning.errors import InputError
+from nm_lightning.errors import InputError, first_line
 
 CLOSE = 1e-5  # of a layer's scale: float32 rounds no worse in most networks; what differs by more is run in float64,
 CLOSER = 1e-9  # where it must be this close
@@ -70,7 +69,8 @@ def prove(subject: Subject, keeps: Mapping[str, Tensor]) -> Proof:
     shrinking = [site for site in subject.sites if len(keeps[site.name]) < site.width]
     if not shrinking:
         return Proof()
-    for inputs in (subject.inputs(FEW), subject.inputs(length(subject.example))):
+    for count in (FEW, length(subject.example)):
+        inputs = subject.inputs(count)
         proof = Proof(length(inputs), subject.calibration.gathered)
         try:
             _, proof.difference = _agreeing(subject, shrinking, keeps, inputs, proof.blamed)
@@ -120,8 +120,8 @@ def difference(
     The sentence is empty where they agree to rounding.
     """
     small, _ = narrow(subject.model, sites, Decomposition.pruned(sites, keeps))
-    small, wide = _ready(small), _ready(masked(subject.model, sites, keeps))
-    rows = _rows(sites, keeps)
+    small, wide = _ready(small), _ready(masked(subject.model, sites, keeps, small))
+    rows = channels_that_stay(sites, keeps)
     try:
         apart, place = _apart(small, wide, inputs, rows)
         close = CLOSER if dtype_of(inputs) == torch.float64 else CLOSE
@@ -130,7 +130,7 @@ def difference(
     except Refused:
         raise
     except Exception as error:  # whatever the user's forward raises where its numbers no longer fit
-        return float("inf"), f"the narrow network fails: {_first_line(error)}"
+        return float("inf"), f"the narrow network fails: {first_line(error)}"
     if apart <= close:
         return apart, ""
     far = "has another shape" if apart == float("inf") else f"is {apart:.1e} of its scale off"
@@ -143,15 +143,15 @@ def _exactly(
     """The same in float64, and how close it must be; None where a forward has a dtype of its own."""
     try:
         exact = to(inputs, dtype=torch.float64)
-        return (*_apart(*(duplicate(each, copy.deepcopy).double() for each in (small, wide)), exact, rows), CLOSER)
+        return (*_apart(*(with_data(each).double() for each in (small, wide)), exact, rows), CLOSER)
     except Exception:
         return None
 
 
-def masked(model: nn.Module, sites: Sequence[Site], keeps: Mapping[str, Tensor]) -> nn.Module:
+def masked(model: nn.Module, sites: Sequence[Site], keeps: Mapping[str, Tensor], small: nn.Module) -> nn.Module:
     """A copy of the wide network whose consumers read nothing from the removed neurons.
 
-    A normalisation that mixes channels is, as in the narrow network, over the survivors alone.
+    A normalisation that mixes channels is that of the narrow network `small`, over the survivors alone.
     """
     result, _ = plain_copy(model)
     tensors = named_tensors(result)
@@ -160,7 +160,7 @@ def masked(model: nn.Module, sites: Sequence[Site], keeps: Mapping[str, Tensor])
     for site in sites:
         for consumer in site.consumers:
             silence(result, consumer, consumer.stays(keeps[site.name]))
-    norms = narrow_norms(model, sites, keeps)
+    norms = narrow_norms(model, sites, keeps, small)
     wide = {id(result.get_submodule(name)): norm for name, norm in norms.items()}
     for module in list(result.modules()):
         for name, child in module._modules.items():
@@ -172,19 +172,6 @@ def _ready(network: nn.Module) -> nn.Module:
     """A network of our own in evaluation mode, in at least float32."""
     low = any(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in named_tensors(network).values())
     return evaluated(network) if low else network.eval()
-
-
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-def _rows(sites: Sequence[Site], keeps: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """By layer, which of its outputs' channels stay `(out,)`."""
-    found: dict[str, Tensor] = {}
-    for site in sites:
-        for member in (*site.producers, *site.passed):
-            found[member.name] = found.get(member.name, True) & member.stays(keeps[site.name])
-    return found
 
 
 def said(model: nn.Module, inputs: Inputs, hear: Callable[[str, Tensor], None]) -> None:
@@ -225,7 +212,7 @@ def _apart(small: nn.Module, wide: nn.Module, inputs: Inputs, rows: Mapping[str,
     try:
         said(wide, inputs, note)
     except Exception as error:
-        raise Refused(_first_line(error)) from error
+        raise Refused(first_line(error)) from error
     ahead, worst, place = iter(wanted), 0.0, OUTPUT
 
     def compare(name: str, value: Tensor) -> None:

@@ -161,21 +161,27 @@ def used_again(graph: fx.Graph, model: nn.Module) -> set[str]:
     return shared | {name for name, count in calls.items() if count > 1}
 
 
-def narrow_norms(original: nn.Module, sites: Sequence[Site], keeps: Mapping[str, Tensor]) -> dict[str, NarrowNorm]:
-    """The normalisations that mix channels, as they are over the survivors alone."""
+def channels_that_stay(sites: Sequence[Site], keeps: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """By layer that makes or passes neurons, which of its channels stay `(channels,)`; it may have several sites."""
+    found: dict[str, Tensor] = {}
+    for site in sites:
+        for member in (*site.producers, *site.passed):
+            found[member.name] = found.get(member.name, True) & member.stays(keeps[site.name])
+    return found
+
+
+def narrow_norms(
+    original: nn.Module, sites: Sequence[Site], keeps: Mapping[str, Tensor], narrow: nn.Module | None = None
+) -> dict[str, NarrowNorm]:
+    """The normalisations that mix channels, as they are over the survivors alone; `narrow` is made where not given."""
     layers = dict(original.named_modules())
-    mixing = [
-        (site, member) for site in sites for member in site.passed if isinstance(layers.get(member.name), MIXING_NORMS)
-    ]
-    if not mixing:
+    passed = (member for site in sites for member in site.passed)
+    axes = {member.name: member.axis for member in passed if isinstance(layers.get(member.name), MIXING_NORMS)}
+    if not axes:
         return {}
-    narrow = apply_plan(plain_copy(original)[0], plan_sites(sites, keeps))
-    masks: dict[str, Tensor] = {}  # a norm may read several sites
-    for site, member in mixing:
-        stays = member.stays(keeps[site.name])
-        masks[member.name] = masks.get(member.name, True) & stays
-    axes = {member.name: member.axis for _, member in mixing}
+    narrow = narrow or apply_plan(plain_copy(original)[0], plan_sites(sites, keeps))
+    stays = channels_that_stay(sites, keeps)
     return {
-        name: NarrowNorm(narrow.get_submodule(name), axes[name], stays.nonzero().flatten())
-        for name, stays in masks.items()
+        name: NarrowNorm(narrow.get_submodule(name), axis, stays[name].nonzero().flatten())
+        for name, axis in axes.items()
     }

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize, prune
 from torch.utils import _pytree as pytree
 
 from nm_lightning.compression.structure.plan import tensors_of
-from nm_lightning.compression.structure.wrappers import unwrap_inside, unwrapped  # noqa: F401
+from nm_lightning.compression.structure.wrappers import unwrap_inside
 from nm_lightning.errors import InputError
 
 TORCHS = set(vars(nn.Module()))  # what every module has
@@ -40,7 +40,7 @@ def plain_copy(model: nn.Module) -> tuple[nn.Module, list[str]]:
     """
     check_network(model)
     special = any(parametrize.is_parametrized(module) or _hooks(module) for module in model.modules())
-    narrow = duplicate(model, copy.deepcopy) if special else duplicate(model)
+    narrow = with_data(model) if special else duplicate(model)
     return narrow, make_plain(narrow)
 
 
@@ -48,7 +48,7 @@ def evaluated(model: nn.Module) -> nn.Module:
     """A copy in evaluation mode, in at least float32; it shares the model's tensors where their dtype allows."""
     tensors = (*model.parameters(), *model.buffers())
     if any(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in tensors):
-        return duplicate(model, copy.deepcopy).float().eval()
+        return with_data(model).float().eval()
     return duplicate(model).eval()
 
 

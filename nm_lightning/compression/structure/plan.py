@@ -110,6 +110,16 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     return kinds[0] | kinds[1] | kinds[2]
 
 
+def learned(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by every name they have: a plain attribute may be an activation that a forward keeps."""
+    return {
+        f"{prefix}.{name}".lstrip("."): tensor
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        for home, name, tensor in tensors_of(module)
+        if home is not vars(module)
+    }
+
+
 def compose(first: Plan, second: Plan) -> Plan:
     """The plan that does `first`, then `second`."""
     slices = {name: list(steps) for name, steps in first.get("slices", {}).items()}

@@ -29,3 +29,17 @@ def test_finetuning_learns_the_originals_predictions(method, share):
     assert not fine.training
     with pytest.raises(InputError, match="finetune -1"):
         compress(model, x[:1], finetune=-1, **settings)
+
+
+def test_a_forward_that_keeps_an_activation():
+    """A kept activation has as many rows as the last batch: it is nothing that was learned."""
+
+    class Keeps(Residual):
+        def forward(self, x):
+            self.seen = super().forward(x)
+            return self.seen
+
+    model, x = lively(Keeps()), images(40)
+    model(x[:3])
+    narrow = compress(model, x[:1], ratio=0.5, calibration=x, finetune=1).model
+    assert narrow(x).shape == model(x).shape
