@@ -13,14 +13,33 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from nm_lightning.compression.graph import operation_name
+from nm_lightning.compression.graph import graph_of, operation_name
+from nm_lightning.compression.graph.tracer import leaves_of
 from nm_lightning.compression.structure.copies import plain_copy
-from nm_lightning.compression.structure.inputs import Inputs, clone, tensors_in
+from nm_lightning.compression.structure.inputs import Inputs, call, clone, first, length, split, tensors_in
 from nm_lightning.compression.structure.operations import MIXING_NORMS, facts_of
 from nm_lightning.compression.structure.plan import apply_plan, plan_sites
 from nm_lightning.compression.structure.sites import Site
 
 MEMORY = 2 << 30  # bytes of activations that one run keeps between two stops
+
+
+@torch.no_grad()
+def recorded(model: nn.Module, batches: Sequence[Inputs]) -> tuple[fx.Graph, Sequence[Inputs]]:
+    """A network's graph, and the batches that it runs: as they are, or two images each.
+
+    Two images were recorded. Code that makes a plain number of how many there are, or loops over them, takes no more.
+    """
+    graph, few = graph_of(model, batches[0]), first(batches[0], 3)
+    wanted = [leaf for leaf in leaves_of(call(model, clone(few))) if isinstance(leaf, Tensor)]
+    try:
+        found = pytree.tree_leaves(fx.Interpreter(model, graph=graph).run(*tensors_in(clone(few))))
+        same = all(a.shape == b.shape and torch.allclose(a, b, 1e-3, 1e-3) for a, b in zip(found, wanted, strict=True))
+    except Exception:  # whatever an operation raises whose numbers no longer fit
+        same = False
+    if same:
+        return graph, batches
+    return graph, [pair for batch in batches for pair in split(batch, 2) if length(pair) == length(first(few, 2))]
 
 
 class NarrowNorm(nn.Module):
