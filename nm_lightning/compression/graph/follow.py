@@ -49,6 +49,7 @@ class Follower:
         root: the network.
         facts: what was seen before, to be added to.
         given: the neurons that a layer makes, where they are known; new ones elsewhere.
+        before: the members of the network that this one was narrowed from.
 
     Attributes:
         origins: the neurons that each node's value carries.
@@ -58,11 +59,17 @@ class Follower:
         failed: whether the network itself failed, and not the following.
     """
 
-    def __init__(self, root: nn.Module, facts: Facts, given: dict[str, Tensor] | None = None):
+    def __init__(
+        self,
+        root: nn.Module,
+        facts: Facts,
+        given: dict[str, Tensor] | None = None,
+        before: dict[tuple[str, str], Member] | None = None,
+    ):
         self.root = root
         self.recorder = Recorder(root)
         self.graph = self.recorder.graph
-        self.facts, self.given = facts, given or {}
+        self.facts, self.given, self.before = facts, given or {}, before or {}
         self.origins: dict[fx.Node, Any] = {}
         self.roles: dict[fx.Node, str] = {}
         self.apart: set[fx.Node] = set()

@@ -87,7 +87,7 @@ def pick(follower: Follower, call: Call) -> Any:
     if not isinstance(source, Tensor):
         return move(follower, call)  # a part of a tuple
     places = _places(call, source)
-    if call.operation != "roll" and any(not constant(source, dim) for dim, _ in places):
+    if call.operation != "roll" and varying(source) in [[dim] for dim, _ in places]:  # not of blocks, as q, k and v are
         follower.apart.add(call.node)
     for dim, bounds in places:
         parts = 0 if bounds is None or constant(source, dim) else _equal_parts(follower, source, dim, *bounds)
@@ -179,7 +179,7 @@ def reshape(follower: Follower, call: Call) -> Tensor:
                 follower.tie(neurons, measured, f"as many as other neurons{where(call.node)}", additive=True)
     if not held:
         return result
-    free = free or _told_by_attributes(follower, call, result, held)
+    free = free or _told_by_attributes(follower, call, result, held, sorted(told))
     held = [dim for dim in held if dim not in free]
     if not free or any(free[0] < dim < free[-1] for dim in held):
         listed = ", ".join("?" if isinstance(size, fx.Node) else str(size) for size in sizes)
@@ -188,6 +188,21 @@ def reshape(follower: Follower, call: Call) -> Tensor:
         return result
     for dim in held:  # before the free ones: the same stay at each index; behind them: whole blocks stay or go
         follower.tie(result, result.narrow(dim, 0, 1).expand_as(result), f"reshaped in blocks{where(call.node)}")
+    return result
+
+
+@rule("reshapeas", "viewas")
+def reshape_as(follower: Follower, call: Call) -> Tensor:
+    """Neurons along a dimension are as many as the other tensor has there."""
+    follower.roles[call.node] = "move"
+    source, other = call.origins[0][0], call.origins[0][1]
+    result = canonical(source.reshape(other.shape))
+    for dim in varying(result):
+        if constant(other, dim):
+            follower.hold(result, dim, f"reshaped to what does not shrink{where(call.node)}")
+        else:
+            neurons = follower.settle(result, dim)
+            follower.tie(neurons, follower.settle(other, dim), f"as many as other neurons{where(call.node)}", True)
     return result
 
 
@@ -214,11 +229,17 @@ def _measured(follower: Follower, size: Any) -> Tensor | None:
     return follower.settle(origin, dim)
 
 
-def _told_by_attributes(follower: Follower, call: Call, result: Tensor, dims: list[int]) -> list[int]:
-    """The one dimension whose size is an attribute of the module whose code this is, and can shrink with it."""
-    owner = call.node.meta["module"]
+def _told_by_attributes(follower: Follower, call: Call, result: Tensor, dims: list[int], told: list[int]) -> list[int]:
+    """The one dimension whose size is an attribute of the module whose code this is, and can shrink with it.
+
+    It is one of `dims`; in a narrowed network it is that of `told` whose attribute it was, even if one neuron is left.
+    """
+    owner, at = call.node.meta["module"], f" at {call.node.name}"
     module = follower.module_named(owner)
     numbers = {name: held for name, held in vars(module).items() if type(held) is int} if module else {}
+    if (owner, f"channels{at}") in follower.before:
+        dims, names = told, follower.before[owner, f"channels{at}"].counts
+        numbers = {name: held for name, held in numbers.items() if name in names}
     choices = {dim: [name for name, held in numbers.items() if held == result.shape[dim]] for dim in dims}
     choices = {dim: names for dim, names in choices.items() if names}
     if not choices:
@@ -227,5 +248,5 @@ def _told_by_attributes(follower: Follower, call: Call, result: Tensor, dims: li
     dim = heads[-1] if heads else next(iter(choices))  # (3, heads, ...): a literal 3 comes first
     counts = dict.fromkeys(choices[dim], 1)
     member = Member(owner, "channels", [], counts, along(result, dim))
-    follower.see(call, member, at=f" at {call.node.name}")
+    follower.see(call, member, at)
     return [dim]

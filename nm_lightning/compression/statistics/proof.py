@@ -122,7 +122,8 @@ def difference(
     """
     small, _ = narrow(subject.model, sites, Decomposition.pruned(sites, keeps))
     small, wide = _ready(small), _ready(masked(subject.model, sites, keeps, small))
-    rows = channels_that_stay(sites, keeps)
+    layers = {name for name, layer in subject.layers.items() if isinstance(layer, (*SOLVABLE, *TRANSPOSED))}
+    rows = channels_that_stay(sites, keeps, layers)
     try:
         apart, place = _apart(small, wide, inputs, rows)
         close = CLOSER if dtype_of(inputs) == torch.float64 else CLOSE

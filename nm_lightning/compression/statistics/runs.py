@@ -6,7 +6,7 @@ computed and still needs is kept for the next stop while memory allows, and is c
 
 import functools
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -180,12 +180,15 @@ def used_again(graph: fx.Graph, model: nn.Module) -> set[str]:
     return shared | {name for name, count in calls.items() if count > 1}
 
 
-def channels_that_stay(sites: Sequence[Site], keeps: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """By layer that makes or passes neurons, which of its channels stay `(channels,)`; it may have several sites."""
+def channels_that_stay(
+    sites: Sequence[Site], keeps: Mapping[str, Tensor], layers: Collection[str]
+) -> dict[str, Tensor]:
+    """By layer, of those that make or pass neurons, which of its channels stay `(channels,)`; of all its sites."""
     found: dict[str, Tensor] = {}
     for site in sites:
         for member in (*site.producers, *site.passed):
-            found[member.name] = found.get(member.name, True) & member.stays(keeps[site.name])
+            if member.name in layers:
+                found[member.name] = found.get(member.name, True) & member.stays(keeps[site.name])
     return found
 
 
@@ -199,7 +202,7 @@ def narrow_norms(
     if not axes:
         return {}
     narrow = narrow or apply_plan(plain_copy(original)[0], plan_sites(sites, keeps))
-    stays = channels_that_stay(sites, keeps)
+    stays = channels_that_stay(sites, keeps, axes)
     return {
         name: NarrowNorm(narrow.get_submodule(name), axis, stays[name].nonzero().flatten())
         for name, axis in axes.items()

@@ -87,7 +87,7 @@ OPERATIONS: dict[str, Operation] = {
     **_all(
         "flatten unflatten reshape view permute transpose swapaxes movedim squeeze t unsqueeze getitem chunk split "
         "unbind narrow cat concat stack expand roll pixelshuffle pixelunshuffle channelshuffle expandas flip repeat "
-        "select",
+        "select reshapeas viewas",
         "move",
         homogeneous=True,
     ),
