@@ -295,9 +295,10 @@ class Follower:
 
     def moved(self, node: fx.Node, neurons: Tensor) -> Tensor:
         """What a node that only moves entries makes of other neurons than those of its first source."""
-        source = node.args[0]
-        args, kwargs = fx.map_arg(
-            (node.args, node.kwargs), lambda each: neurons if each is source else self.recorder.values[each]
+        source, values = node.args[0], self.recorder.values
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda each: neurons if each is source else values[each])
+        args = pytree.tree_map_only(
+            Tensor, lambda each: torch.zeros_like(each, device="cpu") if each.is_meta else each, args
         )
         if node.op == "call_method":
             return getattr(args[0], node.target)(*args[1:], **kwargs)
@@ -336,6 +337,8 @@ class Follower:
         if all(facts_of(operation_name(user, None)).kind == "layer" for user in call.node.users):
             return nobody(call.value)
         name = self.name_of(call.value, call.node.target)
+        if (name, "rows") in self.before:
+            return self.bind(call, name, self.before[name, "rows"].slots[0][1])
         if len(long) != 1 or not call.value.is_floating_point():
             self.facts.bare.add(name)
             return nobody(call.value)

@@ -179,8 +179,9 @@ def reshape(follower: Follower, call: Call) -> Tensor:
                 follower.tie(neurons, measured, f"as many as other neurons{where(call.node)}", additive=True)
     if not held:
         return result
-    free = free or _told_by_attributes(follower, call, result, held, sorted(told))
-    held = [dim for dim in held if dim not in free]
+    rest = [dim for dim in free if sizes[dim - offset] != -1] if free and offset == 0 else free
+    free = rest or _told_by_attributes(follower, call, result, held, sorted(told), heads=bool(free)) or free
+    held = [dim for dim in dims if dim not in free]
     if not free or any(free[0] < dim < free[-1] for dim in held):
         listed = ", ".join("?" if isinstance(size, fx.Node) else str(size) for size in sizes)
         reason = f"reshaped to ({listed}), which carries a channel count as a number{where(call.node)}"
@@ -229,10 +230,13 @@ def _measured(follower: Follower, size: Any) -> Tensor | None:
     return follower.settle(origin, dim)
 
 
-def _told_by_attributes(follower: Follower, call: Call, result: Tensor, dims: list[int], told: list[int]) -> list[int]:
+def _told_by_attributes(
+    follower: Follower, call: Call, result: Tensor, dims: list[int], told: list[int], heads: bool
+) -> list[int]:
     """The one dimension whose size is an attribute of the module whose code this is, and can shrink with it.
 
-    It is one of `dims`; in a narrowed network it is that of `told` whose attribute it was, even if one neuron is left.
+    It is one of `dims`, or, if only `heads` are wanted, perhaps none; in a narrowed network it is that of `told` whose
+    attribute it was, even if one neuron is left.
     """
     owner, at = call.node.meta["module"], f" at {call.node.name}"
     module = follower.module_named(owner)
@@ -244,8 +248,10 @@ def _told_by_attributes(follower: Follower, call: Call, result: Tensor, dims: li
     choices = {dim: names for dim, names in choices.items() if names}
     if not choices:
         return []
-    heads = [dim for dim, names in choices.items() if any("head" in n and "dim" not in n for n in names)]
-    dim = heads[-1] if heads else next(iter(choices))  # (3, heads, ...): a literal 3 comes first
+    whole = [dim for dim, names in choices.items() if any("head" in n and "dim" not in n for n in names)]
+    if heads and not whole:
+        return []
+    dim = whole[-1] if whole else next(iter(choices))  # (3, heads, ...): a literal 3 comes first
     counts = dict.fromkeys(choices[dim], 1)
     member = Member(owner, "channels", [], counts, along(result, dim))
     follower.see(call, member, at)

@@ -67,7 +67,8 @@ OPERATIONS: dict[str, Operation] = {
     ),
     **_all(
         "gelu silu elu selu celu mish softplus sigmoid tanh hardtanh hardswish hardsigmoid logsigmoid softsign clamp "
-        "clip exp sqrt rsqrt pow square threshold hardshrink softshrink tanhshrink reciprocal maskedfill erf",
+        "clip exp sqrt rsqrt pow square threshold hardshrink softshrink tanhshrink reciprocal maskedfill erf zeroslike "
+        "oneslike emptylike fulllike randlike randnlike bernoulli",
         "entry",
     ),
     # the digit before the last letter counts the dimensions of space
