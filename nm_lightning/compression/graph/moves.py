@@ -3,6 +3,7 @@
 What they say about sizes becomes constraints: a length written as a number in the user's code can't shrink.
 """
 
+import operator
 from typing import Any
 
 import torch
@@ -179,8 +180,12 @@ def reshape(follower: Follower, call: Call) -> Tensor:
                 follower.tie(neurons, measured, f"as many as other neurons{where(call.node)}", additive=True)
     if not held:
         return result
-    rest = [dim for dim in free if sizes[dim - offset] != -1] if free and offset == 0 else free
-    free = rest or _told_by_attributes(follower, call, result, held, sorted(told), heads=bool(free)) or free
+    size = sizes[free[0] - offset] if len(free) == 1 and 0 <= free[0] - offset < len(sizes) else -1
+    if not free or size == -1 or _divided(follower, size) is not None:
+        heads = _told_by_attributes(follower, call, result, held, sorted(told), heads=bool(free))
+        if heads and free and size != -1:
+            _tie_to_heads(follower, call, result, heads[0], _divided(follower, size))
+        free = heads or free
     held = [dim for dim in dims if dim not in free]
     if not free or any(free[0] < dim < free[-1] for dim in held):
         listed = ", ".join("?" if isinstance(size, fx.Node) else str(size) for size in sizes)
@@ -190,6 +195,22 @@ def reshape(follower: Follower, call: Call) -> Tensor:
     for dim in held:  # before the free ones: the same stay at each index; behind them: whole blocks stay or go
         follower.tie(result, result.narrow(dim, 0, 1).expand_as(result), f"reshaped in blocks{where(call.node)}")
     return result
+
+
+def _divided(follower: Follower, size: Any) -> Tensor | None:
+    """The neurons along the dimension that a size like `C // heads` was computed from."""
+    whole = isinstance(size, fx.Node) and size.target is operator.floordiv and isinstance(size.args[1], int)
+    return _measured(follower, size.args[0]) if whole else None
+
+
+def _tie_to_heads(follower: Follower, call: Call, result: Tensor, dim: int, neurons: Tensor) -> None:
+    """Where a head's length is a share of other neurons' number, a run of these goes with the head at its place."""
+    heads = along(result, dim)
+    if len(neurons) % len(heads):
+        follower.freeze(result, f"heads of unequal lengths{where(call.node)}")
+        return
+    runs = neurons.view(len(heads), -1)
+    follower.tie(heads[:, None].expand_as(runs), runs, f"as many in each head as other neurons{where(call.node)}", True)
 
 
 @rule("reshapeas", "viewas")
