@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 from torch.utils import _pytree as pytree
 
+from nm_lightning.compression.structure.computed import make_computed_plain
 from nm_lightning.compression.structure.plan import tensors_of
 from nm_lightning.compression.structure.wrappers import unwrap_inside
 from nm_lightning.errors import InputError
@@ -154,7 +155,10 @@ def _hooks(module: nn.Module) -> list:
 
 
 def make_plain(model: nn.Module) -> list[str]:
-    """Make parametrised weights (weight norm, spectral norm, pruning masks) plain tensors, in place; says which."""
+    """Make parametrised weights (weight norm, spectral norm, pruning masks) plain tensors, in place; says which.
+
+    Those that a layer's own forward computes, too.
+    """
     notes = []
     for name, module in model.named_modules():
         if parametrize.is_parametrized(module):
@@ -172,4 +176,4 @@ def make_plain(model: nn.Module) -> list[str]:
             else:
                 prune.remove(module, hook._tensor_name)
                 notes.append(f"{name}.{hook._tensor_name}: its pruning mask was made plain")
-    return notes
+    return notes + make_computed_plain(model)

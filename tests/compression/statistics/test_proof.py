@@ -17,10 +17,10 @@ from nm_lightning.compression.structure.copies import plain_copy
 
 
 class Scaled(nn.Conv2d):
-    """Equalised learning rate: the weight is scaled by its own fan-in at each forward."""
+    """Equalised learning rate, of what the layer reads: it is scaled by the weight's own fan-in at each forward."""
 
     def forward(self, x):
-        return F.conv2d(x, self.weight * (2 / self.weight[0].numel()) ** 0.5, self.bias, padding=self.padding)
+        return F.conv2d(x * (2 / self.weight[0].numel()) ** 0.5, self.weight, self.bias, padding=self.padding)
 
 
 PIECES = ("conv", "scaled", "root", "roll", "parts", "shift", "square", "thirds", "heads", "mean", "flip", "residual")
