@@ -82,7 +82,7 @@ def no_network(monkeypatch):
 @pytest.fixture(scope="session")
 def training_run(tmp_path_factory):
     """A working folder with a training run of LeNet-300-100 on scikit-learn's digits."""
-    import train
+    from nm_lightning.cli import train
 
     folder = tmp_path_factory.mktemp("trained")
     config = str(ROOT / "configs" / "lenet_300_100_digits.yaml")
