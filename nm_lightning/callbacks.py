@@ -202,7 +202,7 @@ class NeuronMergeCallback(Callback):
             self.whole = self._rehearse(trainer, _own(original), example, None)
         calibration = self.calibration
         if isinstance(calibration, str) and calibration == "data":
-            calibration = loaders.unlabelled(recipe.calibration_size, recipe.seed, ranks)
+            calibration = loaders.images("data", recipe.calibration_size, recipe.seed, ranks)
         elif isinstance(calibration, Tensor):
             images = calibration[: recipe.calibration_size]
             calibration = share(images, batch_length(images.shape[1:]), ranks)

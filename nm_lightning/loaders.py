@@ -12,6 +12,7 @@ from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from nm_lightning.batches import Key, hits, inputs_and_labels, logits_of
+from nm_lightning.compression.statistics.calibration import SYNTHETIC
 from nm_lightning.compression.statistics.ranks import Ranks
 from nm_lightning.compression.structure.copies import modes_kept
 from nm_lightning.data import ImageData
@@ -151,16 +152,28 @@ class Loaders:
 
         return own
 
-    def unlabelled(self, size: int, seed: int, ranks: Ranks) -> Tensor:
-        """A rank's share of training images: of our data modules without augmentation, of others as they load.
+    def images(self, source: str, size: int, seed: int, ranks: Ranks) -> Tensor | str:
+        """A rank's share of unlabelled images: of our data modules without augmentation, of others as they load.
 
-        Where there are none, of validation or test images.
+        Args:
+            source: `data` for training images, or validation or test images where there are none; `synthetic`; or, of
+                our data modules, a folder.
+            size: how many at most.
+            seed: of their order.
+            ranks: that each have a share.
+
+        Returns:
+            The images, or `synthetic` for those that compression draws.
 
         Raises:
-            InputError: the batches hold no tensor of inputs.
+            InputError: there are none.
         """
         if isinstance(self.data, ImageData):
-            return self.data.calibration_images("data", size, seed, ranks)
+            return self.data.calibration_images(source, size, seed, ranks)
+        if source == SYNTHETIC:
+            return source
+        if source != "data":
+            raise InputError(f"calibration {source!r}: only our own data sets know how to read a folder: give data")
         parts, count = [], 0
         size = -(-size // ranks.size)
         loader = only(self.training)
