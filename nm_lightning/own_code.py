@@ -144,7 +144,12 @@ def _import(module: str, label: str) -> Any:
 def _timm(name: str, architecture: str) -> Callable:
     if importlib.util.find_spec("timm") is None:
         raise InputError(f"model {name!r} needs timm: pip install timm")
-    return functools.partial(_import("timm", f"model {name!r}").create_model, architecture)
+    create_model = _import("timm", f"model {name!r}").create_model
+
+    def build(num_classes: int | None = None, **arguments: Any) -> Any:
+        return create_model(architecture, **arguments, **({} if num_classes is None else {"num_classes": num_classes}))
+
+    return build
 
 
 def _transformers(name: str, folder: str) -> Callable:

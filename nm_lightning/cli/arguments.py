@@ -10,11 +10,14 @@ from nm_lightning import own_code
 from nm_lightning.compression.files.inert import Inert
 from nm_lightning.errors import InputError
 
+UNSERIALIZED = "Unable to serialize instance "  # how jsonargparse notes an object that is a default
+
 
 def hyper_parameters(content: Mapping[str, Any], entry: str = "hyper_parameters") -> dict[str, Any]:
     """Those that a checkpoint has under a name; none where they are no plain dictionary."""
     found = content.get(entry)
-    return found if isinstance(found, dict) else {}
+    left_out = {name.partition(".")[0]: Inert() for name in content.get(f"{entry}_left_out", [])}
+    return {**found, **left_out} if isinstance(found, dict) else {}
 
 
 def arguments(
@@ -49,7 +52,7 @@ def arguments(
         kind = _object(value)
         if kind:
             raise InputError(
-                f"checkpoint {str(path)!r}: {name} is a {kind}, and no code in a file is run: "
+                f"checkpoint {str(path)!r}: {name} is an object ({kind}), and no code in a file is run: "
                 f"give --{what}.{name} VALUE, or module:function() of what it is"
             )
         given[name] = value
@@ -59,7 +62,10 @@ def arguments(
 def _object(value: Any) -> str:
     """The class of an object that a file told of and nobody built; empty for plain data."""
     if isinstance(value, Inert) or (isinstance(value, type) and issubclass(value, Inert)):
-        return (value if isinstance(value, type) else type(value)).__name__
+        kind = value if isinstance(value, type) else type(value)
+        return "left out" if kind is Inert else kind.__name__
+    if isinstance(value, str) and value.startswith(UNSERIALIZED):
+        return value.removeprefix(UNSERIALIZED)
     if isinstance(value, Mapping):
         if "class_path" in value:  # LightningCLI would build it
             return str(value["class_path"])

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,11 +15,11 @@ from nm_lightning import own_code
 from nm_lightning.cli.arguments import arguments, hyper_parameters
 from nm_lightning.cli.weights import bare, fill
 from nm_lightning.compression.files.checkpoint import PLAN_KEY, load_weights, read
-from nm_lightning.compression.files.inert import plain_data
 from nm_lightning.compression.structure.plan import Plan
 from nm_lightning.data import ImageData, build_data
 from nm_lightning.errors import InputError, first_line
 from nm_lightning.loaders import Loaders, Yardstick
+from nm_lightning.models import register_own
 from nm_lightning.modules import ImageClassifier, arguments_of
 
 RUNS = Path("runs")
@@ -114,12 +115,14 @@ def open_source(asked: Asked) -> Source:
             raise InputError(f"checkpoint {str(path)!r} does not say its {flag[2:]}: give {flag} NAME, or module:Class")
     if found is None and not own and not name.startswith("torchvision/"):
         raise InputError(f"no training run of {name} on {data} under {RUNS}/: train it, or give --checkpoint PATH")
+    if own_code.is_own(name) and not own:
+        register_own(name)
     if own:
         return _own_network(asked, name, data, path, content)
     images = _data(asked, data, settings, path, f"{name}:{weights}" if weights else None)
 
     if known.get("name") == name:
-        hparams = {**known, "weights": None} | own_code.values(ImageClassifier, asked.arguments["model"])
+        hparams = {**known, "weights": None} | _classifiers(name, asked.arguments["model"], known.get("arguments"))
         module = own_code.construct(ImageClassifier, hparams, name)
         for label in ("input_shape", "num_classes") if isinstance(images, ImageData) else ():
             trained, shape = module.hparams[label], getattr(images, label)
@@ -139,6 +142,17 @@ def open_source(asked: Asked) -> Source:
         return _ours(asked, module, images, data, f"torchvision's {weights}" if weights else "random weights")
     load_weights(module.model, bare(content, path, module.model.state_dict()), path)
     return _ours(asked, module, images, data, str(path), path)
+
+
+def _classifiers(name: str, words: Mapping[str, str], known: dict[str, Any] | None) -> dict[str, Any]:
+    """The words as arguments of `ImageClassifier`, those that it does not know as its own network's."""
+    taken, _, _ = own_code.parameters(ImageClassifier)
+    given = own_code.values(ImageClassifier, {label: word for label, word in words.items() if label in taken})
+    others = {label: word for label, word in words.items() if label not in taken}
+    if others and own_code.is_own(name):
+        given["arguments"] = (known or {}) | own_code.values(own_code.find(name), others)
+        return given
+    return given | others
 
 
 def _ours(
@@ -189,8 +203,9 @@ def _own_network(asked: Asked, name: str, data: str | None, path: Path | None, c
     by = _yardstick(loaders, network, name, data)
     known, notes = arguments_of(network, images) if isinstance(network, LightningModule) else ({}, [])
     if not known.get("hyper_parameters"):
-        known["hyper_parameters"], left_out = plain_data(given)
-        notes += [f"hyper_parameters: {each} is no plain data, and left out of the checkpoint" for each in left_out]
+        more, left_out = arguments_of(SimpleNamespace(hparams=given))
+        known |= more
+        notes += left_out
     origin = f"what {name} builds" if path is None else str(path)
     example = loaders.example(network, by.batch)
     return Source(network, name, data, loaders, example, by, origin, path, "", plan, known, notes)

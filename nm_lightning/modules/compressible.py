@@ -52,6 +52,8 @@ def arguments_of(module: Any, data: Any = None) -> tuple[dict[str, Any], list[st
         hparams["datamodule_hyper_parameters"] = data.hparams
     for name, values in hparams.items():
         found[name], left_out = plain_data(values)
+        if left_out:
+            found[f"{name}_left_out"] = left_out
         notes += [f"{name}: {each} is no plain data, and left out of the checkpoint" for each in left_out]
     if getattr(module, "_hparams_name", None):
         found["hparams_name"] = module._hparams_name
