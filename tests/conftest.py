@@ -15,6 +15,8 @@ from tests.cli import GRID, run
 
 torch.set_num_threads(1)
 
+collect_ignore = ["cli/stranger"]  # a folder of its own
+
 FILES = {
     "lenet_300_100": "LeNet_300_100.original.300_100.bias.pth.tar",
     "resnet56": "ResNet.cifar10.original.56.pth.tar",
