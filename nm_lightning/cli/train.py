@@ -5,6 +5,7 @@ import sys
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -224,6 +225,12 @@ def translated(arguments: Sequence[str]) -> tuple[list[str], set[str], bool]:
             sections = _sections(value if equals else next(iter(rest), ""))
             own |= {part for part, content in sections.items() if "class_path" in content}
             said |= "data" in sections
+            name = sections.get("model", {}).get("name")
+            if own_code.is_own(name):
+                register_own(name)
+                plain = True
+        if flag == "--model.name" and own_code.is_own(value if equals else next(iter(rest), "")):
+            flag, section = "--model", "model"
         if flag not in ("--model", "--data") or Path(value if equals else next(iter(rest), "")).is_file():
             words.append(flag + equals + value)
             continue
@@ -293,7 +300,13 @@ def main(arguments: list[str] | None = None) -> None:
             check_resumable(ckpt_path, cli.model)
         if cli.datamodule is None and not is_overridden("train_dataloader", cli.model, LightningModule):
             raise InputError(f"model {type(cli.model).__name__!r} has no data of its own: give --data NAME")
-        cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=ckpt_path, weights_only=True)
+        try:
+            cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=ckpt_path, weights_only=True)
+        except UnpicklingError as error:
+            raise InputError(
+                f"ckpt_path {ckpt_path!r} holds objects, and no code in a file is run: train with "
+                "save_hyperparameters(ignore=[...]) for them"
+            ) from error
         best = cli.trainer.checkpoint_callback and cli.trainer.checkpoint_callback.best_model_path
         if not best:
             return

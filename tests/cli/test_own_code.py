@@ -129,7 +129,10 @@ def test_a_plain_network_in_our_classifier_with_the_users_data(here, tmp_path, c
     train.main([*names, "--model.width", "16", "--model.lr", "0.05", *SHORT])
     checkpoint = "runs/nets_Plain_Counted/best.ckpt"
     assert ImageClassifier.load_from_checkpoint(checkpoint).hparams.arguments == {"width": 16}
-    _, small = run(tmp_path / "out", *names)
+    train.main(["--config", "runs/nets_Plain_Counted/config.yaml", "--experiment", "again", *SHORT])
+    again, first = (torch.load(f"runs/{name}/best.ckpt")["state_dict"] for name in ("again", "nets_Plain_Counted"))
+    assert all(torch.equal(again[key], value) for key, value in first.items())
+    _, small = run(tmp_path / "out", "--checkpoint", checkpoint, *names)
     assert ImageClassifier.load_from_checkpoint(small).model.body[1].out_features == 8
     registry.ARCHITECTURES.pop()
     with pytest.raises(InputError, match="register_own"):
@@ -185,6 +188,7 @@ MINE = ["--checkpoint", "mine.ckpt"]
         (compress, [*MINE, *OWN, "--calibration", "photos", "--method", "reconstruct"], "calibration 'photos'"),
         (compress, ["--checkpoint", "bare.pt", "--model", "their_package.nets:Plain", "--data", DATA], "needs width"),
         (compress, ["--model", "their_package.nets:Active", "--data", DATA], "no training run of"),
+        (train, ["--model", "their_package.nets:Active", "--data", DATA, "--model.act", "x"], "needs width"),
         (train, OWN, "needs width: give --model.width VALUE"),
         (train, [*OWN, "--model.width", "many"], "their_package.nets.Net can't be built"),
         (train, [*OWN, "--model.width", "3", "--model.widht", "3"], "widht"),
