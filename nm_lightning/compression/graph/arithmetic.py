@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from nm_lightning.compression.graph.follow import Follower
-from nm_lightning.compression.graph.neurons import along, compact, is_nobodys, lay_along, shrink, varying
+from nm_lightning.compression.graph.neurons import along, compact, constant, is_nobodys, lay_along, shrink, varying
 from nm_lightning.compression.graph.nodes import operation_name, where
 from nm_lightning.compression.graph.rules import Call, rule
 from nm_lightning.compression.structure.operations import facts_of
@@ -14,7 +14,7 @@ from nm_lightning.compression.structure.sites import NOBODY
 
 # operations that may lie between a parameter and its neighbour
 ON_THE_WAY = {"getitem", "narrow", "select", "squeeze", "unsqueeze", "expand", "permute", "transpose", "movedim", "t"}
-ON_THE_WAY |= {"to", "float", "detach"}
+ON_THE_WAY |= {"to", "float", "detach", "view", "reshape", "contiguous"}
 
 
 @rule(kinds=["sum", "product", "quotient"])
@@ -43,7 +43,7 @@ def combine(follower: Follower, call: Call) -> Tensor | None:
     dims = set(changes[0]) | set(changes[1])
     for that in range(2):
         if len(dims) == 1 and not changes[that] and len(call.args) > that:
-            both[that] = _bind(follower, call, that, next(iter(dims)), both[that])
+            both[that] = _bind(follower, call, call.node.args[that], next(iter(dims)), both[that])
     first, second = both
     if torch.equal(compact(first).expand_as(value), compact(second).expand_as(value)):
         follower.roles[call.node] = "scale" if additive else "multiplied by itself"
@@ -66,17 +66,26 @@ def _role_with_constant(call: Call, divisor: bool) -> str:
     return "a constant is added" if kind == "sum" else "scale"
 
 
-def _bind(follower: Follower, call: Call, position: int, dim: int, unbound: Tensor) -> Tensor:
+def _bind(follower: Follower, call: Call, given: fx.Node, dim: int, unbound: Tensor) -> Tensor:
     """A parameter with several long dimensions, where its neighbour tells which one is the channels'.
 
     It may be cut, transposed and the like on the way.
+
+    Args:
+        follower: who follows.
+        call: the one that reads it.
+        given: what it reads.
+        dim: the neurons' in the call's value.
+        unbound: what is known of it yet, in the value's shape.
     """
-    node, steps = call.node.args[position], []
+    node, steps = given, []
     while isinstance(node, fx.Node) and operation_name(node, None) in ON_THE_WAY and len(node.all_input_nodes) > 0:
         steps.append(node)
         node = node.args[0]
-    own = dim - (call.value.ndim - call.args[position].ndim)
-    if not isinstance(node, fx.Node) or node.op != "get_attr" or own < 0:
+    if not isinstance(node, fx.Node) or node.op != "get_attr":
+        return unbound
+    own = dim - (call.value.ndim - follower.recorder.values[given].ndim)
+    if own < 0:
         return unbound
     tensor = follower.recorder.values[node]
     if facts_of(call.operation).kind == "sum" and not isinstance(tensor, nn.Parameter):
@@ -92,7 +101,7 @@ def _bind(follower: Follower, call: Call, position: int, dim: int, unbound: Tens
             follower.origins[node] = follower.bind(replace(call, node=node, value=tensor), name, axis)
             for step in reversed(steps):
                 follower.step(step)
-            return follower.origins[call.node.args[position]].expand_as(call.value)
+            return follower.origins[given].expand_as(unbound)
     return unbound
 
 
@@ -115,6 +124,13 @@ def attention(follower: Follower, call: Call) -> Tensor | None:
         follower.hold(query, -1, f"attention is scaled by its number{where(call.node)}")
     if query.ndim > 3 and key.shape[-3] < query.shape[-3]:
         key, value = (each.repeat_interleave(query.shape[-3] // each.shape[-3], -3) for each in (key, value))
+    given = call.symbol("attn_mask", 3)
+    if isinstance(given, fx.Node) and query.ndim == follower.origins[given].ndim == 4:
+        mask = follower.origins[given]
+        if is_nobodys(mask) and mask.shape[1] > 1 and not constant(query, 1):
+            mask = _bind(follower, call, given, 1, mask)
+        if not constant(mask, 1):  # a bias for each head
+            follower.tie(shrink(query, [2, 3]), shrink(mask, [2, 3]), "added to an attention")
     follower.roles[call.node] = "attention is not positively homogeneous"
     return _matmul(follower, _matmul(follower, query, key.transpose(-1, -2)), value)
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nm_lightning.compression.graph.follow import Follower
-from nm_lightning.compression.graph.neurons import constant, nobody, shrink
+from nm_lightning.compression.graph.neurons import constant, nobody, shrink, varying
 from nm_lightning.compression.graph.nodes import where
 from nm_lightning.compression.graph.rules import Call, rule
 from nm_lightning.compression.structure.operations import facts_of
@@ -20,6 +20,12 @@ def entry(follower: Follower, call: Call) -> Any:
     homogeneous = facts_of(call.operation).homogeneous
     follower.roles[call.node] = "scale" if homogeneous else f"{call.operation} is not positively homogeneous"
     return call.source if isinstance(call.value, Tensor) else nobody(call.value)
+
+
+@rule("newempty", "newzeros", "newones", "newfull", "newtensor")
+def make(follower: Follower, call: Call) -> Any:
+    """A tensor that has no more than dtype and device from the one it is made of."""
+    return nobody(call.value)
 
 
 @rule(kinds=["pool"])
@@ -63,24 +69,33 @@ def _over_space(follower: Follower, call: Call, space: Sequence[int], filled: An
 
 @rule(kinds=["reduce"])
 def reduce(follower: Follower, call: Call) -> Tensor | None:
-    """A mean over space or tokens, along which the neurons don't change."""
+    """A mean over space or tokens, along which the neurons don't change; what is summed over stays or goes as one."""
     dims = call.argument("dim", 1)
     dims = [dims] if isinstance(dims, int) else dims or range(call.source.ndim)
-    if not isinstance(call.value, Tensor) or not all(constant(call.source, dim) for dim in dims):
+    if not isinstance(call.value, Tensor):
         return None
+    if not _as_one(follower, call, dims):
+        return nobody(call.value)
     follower.roles[call.node] = "scale"
     shrunk = shrink(call.source, dims)
     return (shrunk if call.argument("keepdim", 2, False) else shrunk.reshape(call.value.shape)).expand_as(call.value)
 
 
-@rule("softmax", "logsoftmax")
-def softmax(follower: Follower, call: Call) -> Tensor | None:
-    """Over tokens, not over neurons."""
-    dim = getattr(call.layer, "dim", call.argument("dim", 1))
-    if dim is None or not constant(call.source, dim):
+@rule("softmax", "logsoftmax", "normalize")
+def over_one_dimension(follower: Follower, call: Call) -> Tensor | None:
+    """Over tokens; neurons that it mixes stay or go as one, as those of a head."""
+    dim = getattr(call.layer, "dim", call.argument("dim", *((2, 1) if call.operation == "normalize" else (1,))))
+    if dim is None:
         return None
     follower.roles[call.node] = f"{call.operation} is not positively homogeneous"
-    return call.source
+    return call.source if _as_one(follower, call, [dim]) else nobody(call.value)
+
+
+def _as_one(follower: Follower, call: Call, dims: Sequence[int]) -> bool:
+    """Tie what an operation mixes along some dimensions; False if nothing is left that can shrink."""
+    for dim in dims:
+        follower.hold(call.source, dim, f"mixed by {call.operation}{where(call.node)}")
+    return not varying(call.source) or not {dim % call.source.ndim for dim in dims} >= set(varying(call.source))
 
 
 @rule(kinds=["assign"])

@@ -49,6 +49,7 @@ class Follower:
         root: the network.
         facts: what was seen before, to be added to.
         given: the neurons that a layer makes, where they are known; new ones elsewhere.
+        before: the members of the network that this one was narrowed from.
 
     Attributes:
         origins: the neurons that each node's value carries.
@@ -58,11 +59,17 @@ class Follower:
         failed: whether the network itself failed, and not the following.
     """
 
-    def __init__(self, root: nn.Module, facts: Facts, given: dict[str, Tensor] | None = None):
+    def __init__(
+        self,
+        root: nn.Module,
+        facts: Facts,
+        given: dict[str, Tensor] | None = None,
+        before: dict[tuple[str, str], Member] | None = None,
+    ):
         self.root = root
         self.recorder = Recorder(root)
         self.graph = self.recorder.graph
-        self.facts, self.given = facts, given or {}
+        self.facts, self.given, self.before = facts, given or {}, before or {}
         self.origins: dict[fx.Node, Any] = {}
         self.roles: dict[fx.Node, str] = {}
         self.apart: set[fx.Node] = set()
@@ -288,9 +295,10 @@ class Follower:
 
     def moved(self, node: fx.Node, neurons: Tensor) -> Tensor:
         """What a node that only moves entries makes of other neurons than those of its first source."""
-        source = node.args[0]
-        args, kwargs = fx.map_arg(
-            (node.args, node.kwargs), lambda each: neurons if each is source else self.recorder.values[each]
+        source, values = node.args[0], self.recorder.values
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda each: neurons if each is source else values[each])
+        args = pytree.tree_map_only(
+            Tensor, lambda each: torch.zeros_like(each, device="cpu") if each.is_meta else each, args
         )
         if node.op == "call_method":
             return getattr(args[0], node.target)(*args[1:], **kwargs)
@@ -329,6 +337,8 @@ class Follower:
         if all(facts_of(operation_name(user, None)).kind == "layer" for user in call.node.users):
             return nobody(call.value)
         name = self.name_of(call.value, call.node.target)
+        if (name, "rows") in self.before:
+            return self.bind(call, name, self.before[name, "rows"].slots[0][1])
         if len(long) != 1 or not call.value.is_floating_point():
             self.facts.bare.add(name)
             return nobody(call.value)

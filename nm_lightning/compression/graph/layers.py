@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from nm_lightning.compression.graph.follow import Follower
-from nm_lightning.compression.graph.neurons import along, nobody, varying
+from nm_lightning.compression.graph.neurons import along, is_nobodys, nobody, varying
 from nm_lightning.compression.graph.nodes import where
 from nm_lightning.compression.graph.rules import Call, rule
 from nm_lightning.compression.structure.operations import BATCH_NORMS, CHANNEL_NORMS, CONVOLUTIONS, TRANSPOSED
@@ -91,6 +91,10 @@ def layer_norm(follower: Follower, call: Call) -> Any:
     if len(shape) == 1 and len(dims) == 1 and call.value.shape[dims[0]] == shape[0]:
         slots = follower.slots(call, 0, *TENSORS)
         return follower.pass_through(call, slots, dims[0], {"normalized_shape": 1}, f"{call.name} mixes channels")
+    if len(shape) == 1 and len(dims) > 1 and call.value.shape[-1] == shape[0]:  # each head for itself
+        follower.hold(call.source, -1, f"{call.name} normalises over several dimensions")
+        follower.roles[call.node] = f"{call.name} mixes channels"
+        return call.source
     return follower.stop(call, f"{call.name} normalises over several dimensions") if dims else call.source
 
 
@@ -136,16 +140,21 @@ def functional(follower: Follower, call: Call) -> Any:
     given = dict(zip(labels, call.args, strict=False)) | call.kwargs
     nodes = dict(zip(labels, node.args, strict=False)) | dict(node.kwargs)
     call = replace(call, source=follower.origins[nodes["input"]])
-    tensors = {}
+    tensors, bias = {}, None
     for label in TENSORS:
         argument = nodes.get(label)
         if isinstance(argument, fx.Node):
+            if argument.op != "get_attr" and label == "bias" and not is_nobodys(follower.origins[argument]):
+                bias = follower.origins[argument]  # put together of parameters
+                continue
             if argument.op != "get_attr":
                 return follower.stop(call, f"{operation} with a computed {label}{where(node)}")
             tensors[label] = follower.name_of(given[label], argument.target)
     call = replace(call, name=tensors["weight"].removesuffix(".weight") if "weight" in tensors else node.name)
     if "weight" in tensors and (operation == "linear" or operation.startswith("conv")):
-        return _functional_product(follower, call, tensors, given)
+        return _functional_product(follower, call, tensors, given, bias)
+    if bias is not None:
+        return follower.stop(call, f"{operation} with a computed bias{where(node)}")
     dims = varying(call.source)
     if not tensors:
         follower.roles[node] = f"{operation} mixes channels" if operation == "layernorm" else "scale"
@@ -157,15 +166,20 @@ def functional(follower: Follower, call: Call) -> Any:
     return _functional_channels(follower, call, tensors, dims[0]) if dims else call.source
 
 
-def _functional_product(follower: Follower, call: Call, tensors: dict[str, str], given: dict[str, Any]) -> Any:
-    """`linear` and the convolutions."""
+def _functional_product(
+    follower: Follower, call: Call, tensors: dict[str, str], given: dict[str, Any], bias: Tensor | None
+) -> Any:
+    """`linear` and the convolutions; `bias` is that of a computed one."""
     dim = call.value.ndim - 1
     if call.operation != "linear":
         dim = call.value.ndim - given["weight"].ndim + 1
         if given.get("groups", 1) > 1:
             return follower.stop(call, f"a functional grouped convolution{where(call.node)}")
     follower.read(call, [(tensors["weight"], 1)], dim)
-    return follower.produce(call, [(name, 0) for name in tensors.values()], dim)
+    made = follower.produce(call, [(name, 0) for name in tensors.values()], dim)
+    if bias is not None:
+        follower.tie(along(made, dim), bias, f"its bias is computed{where(call.node)}")
+    return made
 
 
 def _functional_channels(follower: Follower, call: Call, tensors: dict[str, str], dim: int) -> Any:

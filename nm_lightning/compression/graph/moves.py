@@ -3,6 +3,7 @@
 What they say about sizes becomes constraints: a length written as a number in the user's code can't shrink.
 """
 
+import operator
 from typing import Any
 
 import torch
@@ -87,7 +88,7 @@ def pick(follower: Follower, call: Call) -> Any:
     if not isinstance(source, Tensor):
         return move(follower, call)  # a part of a tuple
     places = _places(call, source)
-    if call.operation != "roll" and any(not constant(source, dim) for dim, _ in places):
+    if call.operation != "roll" and varying(source) in [[dim] for dim, _ in places]:  # not of blocks, as q, k and v are
         follower.apart.add(call.node)
     for dim, bounds in places:
         parts = 0 if bounds is None or constant(source, dim) else _equal_parts(follower, source, dim, *bounds)
@@ -179,8 +180,13 @@ def reshape(follower: Follower, call: Call) -> Tensor:
                 follower.tie(neurons, measured, f"as many as other neurons{where(call.node)}", additive=True)
     if not held:
         return result
-    free = free or _told_by_attributes(follower, call, result, held)
-    held = [dim for dim in held if dim not in free]
+    size = sizes[free[0] - offset] if len(free) == 1 and 0 <= free[0] - offset < len(sizes) else -1
+    if not free or size == -1 or _divided(follower, size) is not None:
+        heads = _told_by_attributes(follower, call, result, held, sorted(told), heads=bool(free))
+        if heads and free and size != -1:
+            _tie_to_heads(follower, call, result, heads[0], _divided(follower, size))
+        free = heads or free
+    held = [dim for dim in dims if dim not in free]
     if not free or any(free[0] < dim < free[-1] for dim in held):
         listed = ", ".join("?" if isinstance(size, fx.Node) else str(size) for size in sizes)
         reason = f"reshaped to ({listed}), which carries a channel count as a number{where(call.node)}"
@@ -188,6 +194,37 @@ def reshape(follower: Follower, call: Call) -> Tensor:
         return result
     for dim in held:  # before the free ones: the same stay at each index; behind them: whole blocks stay or go
         follower.tie(result, result.narrow(dim, 0, 1).expand_as(result), f"reshaped in blocks{where(call.node)}")
+    return result
+
+
+def _divided(follower: Follower, size: Any) -> Tensor | None:
+    """The neurons along the dimension that a size like `C // heads` was computed from."""
+    whole = isinstance(size, fx.Node) and size.target is operator.floordiv and isinstance(size.args[1], int)
+    return _measured(follower, size.args[0]) if whole else None
+
+
+def _tie_to_heads(follower: Follower, call: Call, result: Tensor, dim: int, neurons: Tensor) -> None:
+    """Where a head's length is a share of other neurons' number, a run of these goes with the head at its place."""
+    heads = along(result, dim)
+    if len(neurons) % len(heads):
+        follower.freeze(result, f"heads of unequal lengths{where(call.node)}")
+        return
+    runs = neurons.view(len(heads), -1)
+    follower.tie(heads[:, None].expand_as(runs), runs, f"as many in each head as other neurons{where(call.node)}", True)
+
+
+@rule("reshapeas", "viewas")
+def reshape_as(follower: Follower, call: Call) -> Tensor:
+    """Neurons along a dimension are as many as the other tensor has there."""
+    follower.roles[call.node] = "move"
+    source, other = call.origins[0][0], call.origins[0][1]
+    result = canonical(source.reshape(other.shape))
+    for dim in varying(result):
+        if constant(other, dim):
+            follower.hold(result, dim, f"reshaped to what does not shrink{where(call.node)}")
+        else:
+            neurons = follower.settle(result, dim)
+            follower.tie(neurons, follower.settle(other, dim), f"as many as other neurons{where(call.node)}", True)
     return result
 
 
@@ -214,18 +251,29 @@ def _measured(follower: Follower, size: Any) -> Tensor | None:
     return follower.settle(origin, dim)
 
 
-def _told_by_attributes(follower: Follower, call: Call, result: Tensor, dims: list[int]) -> list[int]:
-    """The one dimension whose size is an attribute of the module whose code this is, and can shrink with it."""
-    owner = call.node.meta["module"]
+def _told_by_attributes(
+    follower: Follower, call: Call, result: Tensor, dims: list[int], told: list[int], heads: bool
+) -> list[int]:
+    """The one dimension whose size is an attribute of the module whose code this is, and can shrink with it.
+
+    It is one of `dims`, or, if only `heads` are wanted, perhaps none; in a narrowed network it is that of `told` whose
+    attribute it was, even if one neuron is left.
+    """
+    owner, at = call.node.meta["module"], f" at {call.node.name}"
     module = follower.module_named(owner)
     numbers = {name: held for name, held in vars(module).items() if type(held) is int} if module else {}
+    if (owner, f"channels{at}") in follower.before:
+        dims, names = told, follower.before[owner, f"channels{at}"].counts
+        numbers = {name: held for name, held in numbers.items() if name in names}
     choices = {dim: [name for name, held in numbers.items() if held == result.shape[dim]] for dim in dims}
     choices = {dim: names for dim, names in choices.items() if names}
     if not choices:
         return []
-    heads = [dim for dim, names in choices.items() if any("head" in n and "dim" not in n for n in names)]
-    dim = heads[-1] if heads else next(iter(choices))  # (3, heads, ...): a literal 3 comes first
+    whole = [dim for dim, names in choices.items() if any("head" in n and "dim" not in n for n in names)]
+    if heads and not whole:
+        return []
+    dim = whole[-1] if whole else next(iter(choices))  # (3, heads, ...): a literal 3 comes first
     counts = dict.fromkeys(choices[dim], 1)
     member = Member(owner, "channels", [], counts, along(result, dim))
-    follower.see(call, member, at=f" at {call.node.name}")
+    follower.see(call, member, at)
     return [dim]

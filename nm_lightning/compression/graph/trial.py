@@ -61,7 +61,7 @@ def _faults(
     """The numbers of the sites where the narrow network goes wrong, each with what is wrong."""
     given = {key: block[stays[block]] for key, block in facts.blocks.items()}
     seen = Facts()
-    follower = Follower(narrow, seen, given)
+    follower = Follower(narrow, seen, given, facts.members)
     try:
         follower.run(example)
     except Exception as error:  # whatever the user's forward does where its numbers no longer fit

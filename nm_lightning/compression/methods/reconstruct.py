@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from nm_lightning.compression.graph import graph_of, shapes_of
+from nm_lightning.compression.graph import shapes_of
 from nm_lightning.compression.methods.channel import by_channel
 from nm_lightning.compression.settings import Method, choice, number, setting
 from nm_lightning.compression.statistics.joins import Join, find_join, rectified_gap
 from nm_lightning.compression.statistics.patches import correlate, factorise, read_patches
 from nm_lightning.compression.statistics.ranks import ALONE, Ranks
-from nm_lightning.compression.statistics.runs import Run, narrow_norms, used_again, without_in_place
+from nm_lightning.compression.statistics.runs import Run, narrow_norms, recorded, used_again, without_in_place
 from nm_lightning.compression.statistics.subject import Subject
 from nm_lightning.compression.structure.columns import add_columns, add_constant, silence
 from nm_lightning.compression.structure.copies import evaluated, with_data
@@ -111,15 +111,16 @@ def reconstruct(
         By layer, the share of the original output's energy that is still missing; and by layer the reason why it
         could not be solved and is pruned instead.
     """
-    graph = graph_of(original, batches[0])
+    graph, batches = recorded(original, batches)
     shapes = shapes_of(graph)
     names = {node.name: node for node in graph.nodes}
     again = used_again(graph, original)
+    tensors = named_tensors(wide)
     columns, refused = {}, {}
     for site in sites:
         for consumer in site.consumers:
             stays = consumer.stays(keeps[site.name])
-            silence(wide, consumer, stays)
+            silence(tensors, consumer, stays)
             node = names.get(consumer.node)
             layer = original.get_submodule(node.target) if node is not None and node.op == "call_module" else None
             if not isinstance(layer, SOLVABLE) or node.target != consumer.name:

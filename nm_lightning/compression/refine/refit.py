@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from nm_lightning.compression.graph import graph_of, shapes_of
+from nm_lightning.compression.graph import shapes_of
 from nm_lightning.compression.report import Report
 from nm_lightning.compression.settings import Refinement, setting, whole
 from nm_lightning.compression.statistics.joins import find_join, rectified_gap
 from nm_lightning.compression.statistics.patches import as_columns, factorise, read_patches
 from nm_lightning.compression.statistics.ranks import ALONE, Ranks
-from nm_lightning.compression.statistics.runs import MEMORY, Run, used_again, without_in_place
+from nm_lightning.compression.statistics.runs import MEMORY, Run, recorded, used_again, without_in_place
 from nm_lightning.compression.statistics.subject import Subject
 from nm_lightning.compression.structure.copies import evaluated, plain_copy, with_data
 from nm_lightning.compression.structure.inputs import Inputs, first, tensors_in
@@ -112,7 +112,9 @@ def refit(
         missing, where what a rectifier cuts off does not count; and by site the reason why it was left as it is.
     """
     original, fitted = evaluated(original), with_data(evaluated(narrow))
-    graphs = [graph_of(network, batches[0]) for network in (original, fitted)]
+    graph, batches = recorded(original, batches)
+    narrow_graph, batches = recorded(fitted, batches)
+    graphs = [graph, narrow_graph]
     names = [{node.name for node in graph.nodes} for graph in graphs]
     if names[0] != names[1]:
         return {}, {}, {site.name: "the narrow network's graph differs from the original's" for site in sites}

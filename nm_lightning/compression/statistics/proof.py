@@ -8,12 +8,13 @@ a bias. Where they don't agree to rounding, the sites that are to blame are foun
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from nm_lightning.compression.graph.tracer import leaves_of
+from nm_lightning.compression.graph.tracer import TORCH, graph_of, leaves_of
 from nm_lightning.compression.statistics.runs import channels_that_stay, narrow_norms
 from nm_lightning.compression.statistics.subject import Subject
 from nm_lightning.compression.structure.columns import silence
@@ -121,7 +122,8 @@ def difference(
     """
     small, _ = narrow(subject.model, sites, Decomposition.pruned(sites, keeps))
     small, wide = _ready(small), _ready(masked(subject.model, sites, keeps, small))
-    rows = channels_that_stay(sites, keeps)
+    layers = {name for name, layer in subject.layers.items() if isinstance(layer, (*SOLVABLE, *TRANSPOSED))}
+    rows = channels_that_stay(sites, keeps, layers)
     try:
         apart, place = _apart(small, wide, inputs, rows)
         close = CLOSER if dtype_of(inputs) == torch.float64 else CLOSE
@@ -134,7 +136,30 @@ def difference(
     if apart <= close:
         return apart, ""
     far = "has another shape" if apart == float("inf") else f"is {apart:.1e} of its scale off"
-    return apart, f"narrowed, {place} {far} from what it is masked: does code read the number or the place of neurons?"
+    code = " or ".join(lines_before(graph_of(subject.model, subject.example), place, subject.model)) or "code"
+    return apart, f"narrowed, {place} {far} from what it is masked: does {code} read the number or place of neurons?"
+
+
+def lines_before(graph: fx.Graph, place: str, model: nn.Module) -> list[str]:
+    """Where the user's code computes what a layer says from what the layers before it said: at most three lines.
+
+    Those that compute with sizes, where there are some.
+    """
+    layer = model.get_submodule("" if place == OUTPUT else place)
+    own = type(layer).forward.__code__
+    if place != OUTPUT and not own.co_filename.startswith(TORCH):  # a layer of the user's class, which is one node
+        return [f"{Path(own.co_filename).name}, line {own.co_firstlineno}"]
+    ahead = [node for node in graph.nodes if place == (OUTPUT if node.op == "output" else node.target)][-1:]
+    seen: dict[fx.Node, None] = {}
+    while ahead:
+        for source in ahead.pop().all_input_nodes:
+            known = source.op == "call_module" and isinstance(model.get_submodule(source.target), SOLVABLE)
+            if source not in seen and not known:
+                seen[source] = None
+                ahead.append(source)
+    lined = [node for node in seen if "line" in node.meta and node.op not in ("call_module", "placeholder")]
+    sized = [node for node in lined if not all("shape" in each.meta for each in (node, *node.all_input_nodes))]
+    return list(dict.fromkeys(node.meta["line"] for node in sized or lined))[:3]
 
 
 def _exactly(
@@ -156,10 +181,11 @@ def masked(model: nn.Module, sites: Sequence[Site], keeps: Mapping[str, Tensor],
     result, _ = plain_copy(model)
     tensors = named_tensors(result)
     names = {consumer.slots[0][0] for site in sites for consumer in site.consumers}
-    replace_tensors(result, {name: tensors[name].detach().clone() for name in names})
+    values = {name: tensors[name].detach().clone() for name in names}
     for site in sites:
         for consumer in site.consumers:
-            silence(result, consumer, consumer.stays(keeps[site.name]))
+            silence(values, consumer, consumer.stays(keeps[site.name]))
+    replace_tensors(result, values)
     norms = narrow_norms(model, sites, keeps, small)
     wide = {id(result.get_submodule(name)): norm for name, norm in norms.items()}
     for module in list(result.modules()):
@@ -174,13 +200,15 @@ def _ready(network: nn.Module) -> nn.Module:
     return evaluated(network) if low else network.eval()
 
 
-def said(model: nn.Module, inputs: Inputs, hear: Callable[[str, Tensor], None]) -> None:
-    """Run a network, and tell what each of its layers says, and then it itself; random numbers are always the same."""
+def said(model: nn.Module, inputs: Inputs, hear: Callable[[str, Tensor, int], None]) -> None:
+    """Run a network, and tell what each of its layers says, and then it itself, each with the axis of its channels.
+
+    Random numbers are always the same.
+    """
 
     def tell(name: str, layer: nn.Module, args: tuple, output: Any) -> None:
         if isinstance(output, Tensor):
-            axis = -1 if isinstance(layer, nn.Linear) else 1 - layer.weight.ndim
-            hear(name, output.detach().movedim(axis, -1))
+            hear(name, output.detach(), -1 if isinstance(layer, nn.Linear) else 1 - layer.weight.ndim)
 
     layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, (*SOLVABLE, *TRANSPOSED))]
     handles = [layer.register_forward_hook(partial(tell, name)) for name, layer in layers]
@@ -194,7 +222,7 @@ def said(model: nn.Module, inputs: Inputs, hear: Callable[[str, Tensor], None]) 
             handle.remove()
     for leaf in leaves_of(given):
         if isinstance(leaf, Tensor):
-            hear(OUTPUT, leaf)
+            hear(OUTPUT, leaf, -1)
 
 
 def _apart(small: nn.Module, wide: nn.Module, inputs: Inputs, rows: Mapping[str, Tensor]) -> tuple[float, str]:
@@ -204,10 +232,11 @@ def _apart(small: nn.Module, wide: nn.Module, inputs: Inputs, rows: Mapping[str,
     """
     wanted: list[tuple[str, Tensor]] = []
 
-    def note(name: str, value: Tensor) -> None:
+    def note(name: str, value: Tensor, axis: int) -> None:
         stays = rows.get(name)
-        whole = stays is None or len(stays) != value.shape[-1]
-        wanted.append((name, value.clone() if whole else value[..., stays.to(value.device)]))  # it may be written into
+        whole = stays is None or len(stays) != value.shape[axis]
+        own = value.clone() if whole else value.index_select(axis, stays.nonzero().flatten().to(value.device))
+        wanted.append((name, own))  # a copy: the value may be written into
 
     try:
         said(wide, inputs, note)
@@ -215,7 +244,7 @@ def _apart(small: nn.Module, wide: nn.Module, inputs: Inputs, rows: Mapping[str,
         raise Refused(first_line(error)) from error
     ahead, worst, place = iter(wanted), 0.0, OUTPUT
 
-    def compare(name: str, value: Tensor) -> None:
+    def compare(name: str, value: Tensor, axis: int) -> None:
         nonlocal worst, place
         other_name, other = next(ahead, ("", value))
         own = _gap(value, other) if name == other_name and value.shape == other.shape else float("inf")
@@ -229,10 +258,16 @@ def _gap(value: Tensor, other: Tensor) -> float:
     """The largest difference as a share of the scale; infinite if other entries are not finite."""
     if not value.is_floating_point() or not value.numel():
         return 0.0
-    gap, scale = (value - other).abs().max(), other.abs().max()
+    gap, scale = _largest(value - other), _largest(other)
     if not (gap + scale).isfinite():
         finite = other.isfinite()
         if not torch.equal(finite, value.isfinite()):
             return float("inf")
-        gap, scale = ((each * 1).masked_fill(~finite, 0).abs().max() for each in (value - other, other))
+        gap, scale = (_largest(each.masked_fill(~finite, 0)) for each in (value - other, other))
     return float(gap / scale.clamp(min=torch.finfo(value.dtype).tiny)) if gap > 0 else 0.0
+
+
+def _largest(values: Tensor) -> Tensor:
+    """The largest magnitude."""
+    least, most = values.aminmax()
+    return torch.maximum(-least, most)

@@ -6,21 +6,40 @@ computed and still needs is kept for the next stop while memory allows, and is c
 
 import functools
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from nm_lightning.compression.graph import operation_name
+from nm_lightning.compression.graph import graph_of, operation_name
+from nm_lightning.compression.graph.tracer import leaves_of
 from nm_lightning.compression.structure.copies import plain_copy
-from nm_lightning.compression.structure.inputs import Inputs, clone, tensors_in
+from nm_lightning.compression.structure.inputs import Inputs, call, clone, first, length, split, tensors_in
 from nm_lightning.compression.structure.operations import MIXING_NORMS, facts_of
 from nm_lightning.compression.structure.plan import apply_plan, plan_sites
 from nm_lightning.compression.structure.sites import Site
 
 MEMORY = 2 << 30  # bytes of activations that one run keeps between two stops
+
+
+@torch.no_grad()
+def recorded(model: nn.Module, batches: Sequence[Inputs]) -> tuple[fx.Graph, Sequence[Inputs]]:
+    """A network's graph, and the batches that it runs: as they are, or two images each.
+
+    Two images were recorded. Code that makes a plain number of how many there are, or loops over them, takes no more.
+    """
+    graph, few = graph_of(model, batches[0]), first(batches[0], 3)
+    wanted = [leaf for leaf in leaves_of(call(model, clone(few))) if isinstance(leaf, Tensor)]
+    try:
+        found = pytree.tree_leaves(fx.Interpreter(model, graph=graph).run(*tensors_in(clone(few))))
+        same = all(a.shape == b.shape and torch.allclose(a, b, 1e-3, 1e-3) for a, b in zip(found, wanted, strict=True))
+    except Exception:  # whatever an operation raises whose numbers no longer fit
+        same = False
+    if same:
+        return graph, batches
+    return graph, [pair for batch in batches for pair in split(batch, 2) if length(pair) == length(first(few, 2))]
 
 
 class NarrowNorm(nn.Module):
@@ -161,12 +180,15 @@ def used_again(graph: fx.Graph, model: nn.Module) -> set[str]:
     return shared | {name for name, count in calls.items() if count > 1}
 
 
-def channels_that_stay(sites: Sequence[Site], keeps: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """By layer that makes or passes neurons, which of its channels stay `(channels,)`; it may have several sites."""
+def channels_that_stay(
+    sites: Sequence[Site], keeps: Mapping[str, Tensor], layers: Collection[str]
+) -> dict[str, Tensor]:
+    """By layer, of those that make or pass neurons, which of its channels stay `(channels,)`; of all its sites."""
     found: dict[str, Tensor] = {}
     for site in sites:
         for member in (*site.producers, *site.passed):
-            found[member.name] = found.get(member.name, True) & member.stays(keeps[site.name])
+            if member.name in layers:
+                found[member.name] = found.get(member.name, True) & member.stays(keeps[site.name])
     return found
 
 
@@ -180,7 +202,7 @@ def narrow_norms(
     if not axes:
         return {}
     narrow = narrow or apply_plan(plain_copy(original)[0], plan_sites(sites, keeps))
-    stays = channels_that_stay(sites, keeps)
+    stays = channels_that_stay(sites, keeps, axes)
     return {
         name: NarrowNorm(narrow.get_submodule(name), axis, stays[name].nonzero().flatten())
         for name, axis in axes.items()

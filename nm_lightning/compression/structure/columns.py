@@ -1,9 +1,10 @@
 """The columns of a consumer's weight: taking neurons in, writing, adding, silencing. In place, on copies."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
-from nm_lightning.compression.structure.plan import named_tensors
 from nm_lightning.compression.structure.sites import Consumer
 
 
@@ -49,10 +50,10 @@ def put(weight: Tensor, positions: Tensor, keep: Tensor, block: Tensor, groups: 
         split[group][:, stays] = block.view(groups, -1, *block.shape[1:])[group].flatten(1, 2)
 
 
-def silence(wide: nn.Module, consumer: Consumer, stays: Tensor) -> None:
-    """Zero the columns that a consumer no longer reads, in place."""
+def silence(tensors: Mapping[str, Tensor], consumer: Consumer, stays: Tensor) -> None:
+    """Zero the columns that a consumer no longer reads, in place; `tensors` are the network's by name."""
     name, dim = consumer.slots[0]
-    weight = named_tensors(wide)[name].movedim(dim, 1)
+    weight = tensors[name].movedim(dim, 1)
     for part, own in zip(weight.chunk(consumer.groups), stays.chunk(consumer.groups), strict=True):
         part[:, ~own.to(weight.device)] = 0
 

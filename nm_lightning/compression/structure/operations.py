@@ -67,7 +67,8 @@ OPERATIONS: dict[str, Operation] = {
     ),
     **_all(
         "gelu silu elu selu celu mish softplus sigmoid tanh hardtanh hardswish hardsigmoid logsigmoid softsign clamp "
-        "clip exp sqrt rsqrt pow square threshold hardshrink softshrink tanhshrink reciprocal maskedfill erf",
+        "clip exp sqrt rsqrt pow square threshold hardshrink softshrink tanhshrink reciprocal maskedfill erf zeroslike "
+        "oneslike emptylike fulllike randlike randnlike bernoulli",
         "entry",
     ),
     # the digit before the last letter counts the dimensions of space
@@ -87,7 +88,7 @@ OPERATIONS: dict[str, Operation] = {
     **_all(
         "flatten unflatten reshape view permute transpose swapaxes movedim squeeze t unsqueeze getitem chunk split "
         "unbind narrow cat concat stack expand roll pixelshuffle pixelunshuffle channelshuffle expandas flip repeat "
-        "select",
+        "select reshapeas viewas",
         "move",
         homogeneous=True,
     ),

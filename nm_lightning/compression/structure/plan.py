@@ -96,17 +96,20 @@ def replace_tensors(model: nn.Module, values: Mapping[str, Tensor]) -> None:
 
 def tensors_of(module: nn.Module) -> list[tuple[dict, str, Tensor]]:
     """A module's own parameters, buffers and plain tensor attributes, each with the dictionary that holds it."""
-    homes = (module._parameters, module._buffers, vars(module))
-    return [(home, name, value) for home in homes for name, value in home.items() if isinstance(value, Tensor)]
+    return [(home, name, value) for home in _homes(module) for name, value in home.items() if isinstance(value, Tensor)]
+
+
+def _homes(module: nn.Module) -> tuple[dict, dict, dict]:
+    return module._parameters, module._buffers, vars(module)
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters, buffers and plain tensor attributes by every name they have."""
     kinds: tuple[dict[str, Tensor], ...] = ({}, {}, {})
     for prefix, module in model.named_modules(remove_duplicate=False):
-        homes = (module._parameters, module._buffers, vars(module))
-        for home, name, tensor in tensors_of(module):
-            kinds[next(i for i, own in enumerate(homes) if own is home)][f"{prefix}.{name}".lstrip(".")] = tensor
+        start = f"{prefix}." if prefix else ""
+        for kind, home in zip(kinds, _homes(module), strict=True):
+            kind |= {start + name: value for name, value in home.items() if isinstance(value, Tensor)}
     return kinds[0] | kinds[1] | kinds[2]
 
 

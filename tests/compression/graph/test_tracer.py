@@ -234,7 +234,7 @@ def test_an_error_is_whose_it_is():
     with pytest.raises(InputError, match=r"^Pair rejects an input of shape \(2, 3, 8, 8\) and \(2, 4\): "):
         trace(Pair(), (IMAGE, torch.zeros(2, 4)))
     skipped = trace(nn.Sequential(nn.Linear(12, 8), nn.LogSoftmax(1), nn.Linear(8, 2)), torch.randn(1, 12)).skipped
-    assert skipped["0"] == "read by logsoftmax, which is not followed"
+    assert skipped["0"] == "mixed by logsoftmax"
 
 
 def test_a_width_that_the_code_asserts_stays_alone():

@@ -136,9 +136,24 @@ def test_only_the_sites_to_blame_stay_whole():
     _, result = worst(pieces, 0, 0.5, "hidden")
     assert list(result.report.skipped) == ["head", "layers.1.0"]  # what the scaled layer reads
     assert "layers.2.0 is" in result.report.skipped["layers.1.0"]
+    assert f"test_proof.py, line {Scaled.forward.__code__.co_firstlineno} read" in result.report.skipped["layers.1.0"]
     assert {row.name for row in result.report.sites} == {"stem", "layers.0.0", "layers.2.0", "layers.3.0", "layers.4.0"}
     assert all(row.after == row.before // 2 for row in result.report.sites)
     assert "drawn inputs" in result.report.compared
+
+
+def test_the_line_to_blame_is_named():
+    class Divides(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 16), nn.Linear(16, 3)
+
+        def forward(self, x):
+            hidden = F.relu(self.a(x))
+            return self.b(hidden / self.b.in_features)
+
+    line = Divides.forward.__code__.co_firstlineno + 2
+    assert f"test_proof.py, line {line}" in compress(Divides(), torch.zeros(2, 6)).report.skipped["a"]
 
 
 def test_a_target_is_met_by_the_other_sites():
