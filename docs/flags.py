@@ -5,9 +5,9 @@ import sys
 from pathlib import Path
 
 DOCS = Path(__file__).parent
-sys.path.insert(0, str(DOCS.parent))  # compress.py is a script beside the package
+sys.path.insert(0, str(DOCS.parent))
 
-from compress import parser_of_flags  # noqa: E402
+from nm_lightning.cli.compress import parser_of_flags  # noqa: E402
 
 
 def table() -> str:

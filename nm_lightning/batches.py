@@ -5,6 +5,7 @@ from dataclasses import is_dataclass
 from typing import Any
 
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from nm_lightning.errors import InputError
 
@@ -44,6 +45,17 @@ def logits_of(output: Any) -> Any:
     if "logits" in named:
         return named["logits"]
     return output[0] if isinstance(output, (tuple, list)) and output else output
+
+
+def length_of(batch: Any) -> int:
+    """How many images a batch holds: the length of its first tensor; 1 where it has none.
+
+    >>> import torch
+    >>> length_of({"path": "here", "image": torch.zeros(8, 3)})
+    8
+    """
+    tensors = (leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim)
+    return next(map(len, tensors), 1)
 
 
 def hits(logits: Any, labels: Any, threshold: float = 0.0) -> Tensor | None:

@@ -7,39 +7,38 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
+from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from pytorch_lightning.strategies.launchers import _MultiProcessingLauncher
 from pytorch_lightning.trainer.states import RunningStage
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
-from pytorch_lightning.utilities.model_helpers import is_overridden
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor
 
-from nm_lightning.batches import hits, inputs_and_labels, logits_of
+from nm_lightning.batches import inputs_and_labels
 from nm_lightning.compression import CompressionResult, Compressor, Criterion, Distill, Method, Recipe
 from nm_lightning.compression.files.checkpoint import read, sha256, write
-from nm_lightning.compression.files.inert import plain_data
 from nm_lightning.compression.recipe import takes_settings
 from nm_lightning.compression.settings import AUTO, is_auto
 from nm_lightning.compression.statistics.calibration import Calibration, batch_length, check_size, share
 from nm_lightning.compression.statistics.predictions import check_logits
 from nm_lightning.compression.statistics.ranks import Ranks
-from nm_lightning.compression.structure.copies import make_plain, modes_kept, plain_copy, with_data
+from nm_lightning.compression.structure.copies import make_plain, plain_copy, with_data
 from nm_lightning.compression.structure.decomposition import assign
 from nm_lightning.compression.structure.plan import Plan, apply_plan, compose, learned, named_tensors
 from nm_lightning.compression.structure.unread import hanging
 from nm_lightning.data import ImageData
 from nm_lightning.errors import InputError, first_line
-from nm_lightning.measure import Baseline, Measure, Result, as_read, dealt, on_device
-from nm_lightning.modules import ImageClassifier
+from nm_lightning.loaders import Loaders
+from nm_lightning.measure import Baseline, Measure, Result, as_read
+from nm_lightning.modules import ImageClassifier, arguments_of
 from nm_lightning.presets import filled
 from nm_lightning.reporting.files import write_report
 from nm_lightning.reporting.results import assemble, percent
 from nm_lightning.reporting.weights_and_biases import log_compression, summary, warn_instead
-from nm_lightning.steps import first_batch, logged, reads_of_training
+from nm_lightning.steps import reads_of_training
 
 SHARDED = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)  # no rank has the whole network
 
@@ -130,11 +129,10 @@ class NeuronMergeCallback(Callback):
         """Trace, plan, and look at a batch: a refusal comes now."""
         self.whole = None
         with _stage(trainer, RunningStage.VALIDATING):
-            original = _own(pl_module)
-            batch = _first(trainer, pl_module, trainer.train_dataloader)
-            inputs, _ = inputs_and_labels(batch, *self.keys)
+            original, loaders = _own(pl_module), self._loaders(trainer, pl_module)
+            batch = loaders.first(trainer.train_dataloader)
             if batch is not None or isinstance(original.example_input_array, Tensor):
-                self.whole = self._rehearse(trainer, original, _example(original, inputs), batch)
+                self.whole = self._rehearse(trainer, original, loaders.example(original, batch), batch)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compress; the Trainer has torn its loops down, its loggers are still open."""
@@ -196,40 +194,26 @@ class NeuronMergeCallback(Callback):
         original.to(device)
         ranks.agree(original)
 
-        data = trainer.datamodule
-        loader, stage, batch, labelled = self._test_data(trainer, pl_module, original)
-        example = _example(original, inputs_and_labels(batch, *self.keys)[0])
+        data, loaders = trainer.datamodule, self._loaders(trainer, pl_module)
+        by = loaders.yardstick(original)
+        example = loaders.example(original, by.batch)
         recipe = self._recipe(original, data)
         if self.whole is None:
             self.whole = self._rehearse(trainer, _own(original), example, None)
         calibration = self.calibration
         if isinstance(calibration, str) and calibration == "data":
-            calibration = self._unlabelled(pl_module, trainer, device, recipe.calibration_size, ranks)
+            calibration = loaders.images("data", recipe.calibration_size, recipe.seed, ranks)
         elif isinstance(calibration, Tensor):
             images = calibration[: recipe.calibration_size]
             calibration = share(images, batch_length(images.shape[1:]), ranks)
-        hooks = _hooks(trainer, pl_module)
-
-        def own(model: LightningModule) -> dict[str, float]:
-            if labelled or not stage:
-                return {}
-            try:
-                return logged(model, stage, on_device(dealt(loader, ranks), hooks, device), trainer, ranks)
-            except Exception as error:  # whatever the user's step raises; the network is compressed all the same
-                notes.append(f"{stage}_step fails by itself, its metrics are left out: {first_line(error)}")
-                return {}
-
-        measure = Measure(example, loader if labelled else None, hooks, ranks, keys=self.keys, own=own)
+        own, loader = loaders.metrics(by, ranks, notes), by.loader if by.labelled else None
+        measure = Measure(example, loader, loaders.hooks, ranks, keys=self.keys, own=own)
         compressor = Compressor(original, example, recipe, calibration, trainer.strategy, self.whole)
         before = measure.original(original)
         self.result, row = measure.compressed(compressor, recipe, self.filename)
-        more, hparams = {}, {"hyper_parameters": pl_module.hparams}
-        if data is not None:
-            hparams["datamodule_hyper_parameters"] = data.hparams
-        for name, values in hparams.items():
-            more[name], left_out = plain_data(values)
-            notes += [f"{name}: {each} is no plain data, and left out of the checkpoint" for each in left_out]
-        if not labelled and not row.logged:
+        more, left_out = arguments_of(pl_module, data)
+        notes += left_out
+        if not by.labelled and not row.logged:
             notes.append("accuracy was not measured: it needs batches of inputs and class labels, and logits")
         row.notes += notes
         self.result.report.remarks += notes
@@ -241,8 +225,6 @@ class NeuronMergeCallback(Callback):
         saved = trainer.is_global_zero and not trainer.fast_dev_run
         if saved:
             state = {name: value.cpu() for name, value in self.result.model.state_dict().items()}
-            if getattr(pl_module, "_hparams_name", None):
-                more["hparams_name"] = pl_module._hparams_name
             try:
                 write(folder / self.filename, state, plan, recipe, **more)
                 write_report(folder / Path(self.filename).stem, report)
@@ -258,50 +240,8 @@ class NeuronMergeCallback(Callback):
                     checkpoints.best_k_models, checkpoints.best_model_score = {}, None
                     checkpoints.best_model_path = str(folder / self.filename) if saved else ""
 
-    def _test_data(
-        self, trainer: Trainer, pl_module: LightningModule, original: LightningModule
-    ) -> tuple[Any, str, Any, bool]:
-        """What to measure by: the first of test, validation and training data whose batches have class labels.
-
-        Returns:
-            The loader, the module's step for its batches if it has one, its first batch, and whether accuracy can be
-            told. Where it can't, the first loader with a step, or any.
-        """
-        found = []
-        for stage, loader in _loaders(trainer):
-            batch = _first(trainer, pl_module, loader)
-            inputs, labels = inputs_and_labels(batch, *self.keys)
-            stage = stage if is_overridden(f"{stage}_step", original, LightningModule) and stage != "train" else ""
-            if isinstance(inputs, Tensor):
-                with torch.no_grad(), isolate_rng(), modes_kept(original):
-                    logits = logits_of(original.eval()(as_read(inputs, original)))
-                if hits(logits, labels) is not None:
-                    return loader, stage, batch, True
-            found.append((loader, stage, batch, False))
-        if not found:
-            raise InputError("NeuronMergeCallback needs data: there is no loader of test, validation or training data")
-        return next((one for one in found if one[1]), found[0])
-
-    def _unlabelled(
-        self, pl_module: LightningModule, trainer: Trainer, device: torch.device, size: int, ranks: Ranks
-    ) -> Tensor:
-        """A rank's share of training images: of our data modules without augmentation, of others as they load."""
-        data = trainer.datamodule
-        if isinstance(data, ImageData):
-            return data.calibration_images("data", size, ranks=ranks).to(device)
-        parts, count = [], 0
-        size = -(-size // ranks.size)
-        for batch in on_device(_only(trainer.train_dataloader), _hooks(trainer, pl_module), device):
-            inputs, _ = inputs_and_labels(batch, *self.keys)
-            if not isinstance(inputs, Tensor):
-                raise InputError(
-                    "NeuronMergeCallback: batches hold no tensor of inputs: give input_key, or calibration"
-                )
-            parts.append(inputs)
-            count += len(inputs)
-            if count >= size:
-                break
-        return torch.cat(parts)[:size].to(pl_module.dtype)
+    def _loaders(self, trainer: Trainer, pl_module: LightningModule) -> Loaders:
+        return Loaders(pl_module, trainer.datamodule, trainer.strategy.root_device, trainer, self.keys)
 
     def _log(
         self, trainer: Trainer, report: dict, metrics: Mapping[str, float], folder: Path | None, best: Path | None
@@ -386,55 +326,3 @@ def _stage(trainer: Trainer, stage: RunningStage) -> Iterator[None]:
         yield
     finally:
         trainer.state.stage = before
-
-
-def _only(loader: Any) -> Any:
-    """The first of several loaders."""
-    while isinstance(loader, (list, tuple, Mapping)):
-        loader = next(iter(loader.values() if isinstance(loader, Mapping) else loader), None)
-    return loader
-
-
-def _loaders(trainer: Trainer) -> Iterator[tuple[str, Any]]:
-    """Those of test, validation and training data, as far as there are any, each with the name of its step."""
-    data = trainer.datamodule
-    if data is not None and is_overridden("test_dataloader", data, LightningDataModule):
-        try:
-            data.setup("test")
-            yield "test", _only(data.test_dataloader())
-        except Exception as error:  # a test set that is not there; there are others
-            rank_zero_warn(f"NeuronMergeCallback: no test data, as {type(data).__name__} says: {first_line(error)}")
-    if data is not None and is_overridden("val_dataloader", data, LightningDataModule):
-        data.setup("validate")
-        yield "validation", _only(data.val_dataloader())
-    elif trainer.val_dataloaders is not None:
-        yield "validation", _only(trainer.val_dataloaders)
-    if trainer.train_dataloader is not None:
-        yield "train", _only(trainer.train_dataloader)
-
-
-def _hooks(trainer: Trainer, module: LightningModule) -> Any:
-    """Whose batch hooks apply: the data module's where it has any, else the module's."""
-    data = trainer.datamodule
-    names = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
-    own = data is not None and any(is_overridden(name, data, LightningDataModule) for name in names)
-    return data if own else module
-
-
-def _first(trainer: Trainer, module: LightningModule, loader: Any) -> Any:
-    """A loader's first batch on the device; None where it can't be had."""
-    batch = first_batch(_only(loader))
-    device = trainer.strategy.root_device
-    return None if batch is None else next(on_device([batch], _hooks(trainer, module), device))
-
-
-def _example(module: LightningModule, inputs: Any) -> Tensor:
-    """One input for tracing: the module's own, or a batch's first."""
-    given = module.example_input_array
-    if isinstance(given, Tensor):
-        return given.to(module.device)
-    if not isinstance(inputs, Tensor) or not inputs.ndim:
-        raise InputError(
-            "NeuronMergeCallback: batches hold no tensor of inputs: give input_key, or set example_input_array"
-        )
-    return as_read(inputs[:1], module)

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
-from nm_lightning.batches import read
+from nm_lightning.batches import length_of, read
 from nm_lightning.compression.statistics.ranks import ALONE, Ranks
 from nm_lightning.compression.structure.copies import modes_kept, plain_copy
 from nm_lightning.compression.structure.plan import apply_plan, plan_sites
@@ -77,9 +77,7 @@ def logged(
         module.eval()
         getattr(module, f"on_{stage}_epoch_start")()
         for index, batch in enumerate(batches):
-            length = next(
-                (len(leaf) for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim), 1
-            )
+            length = length_of(batch)
             _take(getattr(module, f"{stage}_step"), batch, index)
         length = 1
         getattr(module, f"on_{stage}_epoch_end")()

@@ -15,6 +15,8 @@ from tests.cli import GRID, run
 
 torch.set_num_threads(1)
 
+collect_ignore = ["cli/stranger"]  # a folder of its own
+
 FILES = {
     "lenet_300_100": "LeNet_300_100.original.300_100.bias.pth.tar",
     "resnet56": "ResNet.cifar10.original.56.pth.tar",
@@ -82,7 +84,7 @@ def no_network(monkeypatch):
 @pytest.fixture(scope="session")
 def training_run(tmp_path_factory):
     """A working folder with a training run of LeNet-300-100 on scikit-learn's digits."""
-    import train
+    from nm_lightning.cli import train
 
     folder = tmp_path_factory.mktemp("trained")
     config = str(ROOT / "configs" / "lenet_300_100_digits.yaml")

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-import compress
+from nm_lightning.cli import compress
 
 LENET = {
     0.5: (8840, 8786, 8808, 8869, 8838, 8857),

@@ -12,7 +12,8 @@ import yaml
 from pytorch_lightning import Callback, Trainer
 from torch.nn import functional as F
 
-import train
+from nm_lightning.cli import train
+from nm_lightning.data import build_data
 from nm_lightning.data.base import cutout
 from nm_lightning.data.small import crop_and_flip
 from nm_lightning.errors import InputError
@@ -94,7 +95,7 @@ def test_one_cycle_rises_and_falls_step_by_step():
     quiet = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = Trainer(max_epochs=4, callbacks=[Watch()], limit_val_batches=0, enable_model_summary=False, **quiet)
     module = ImageClassifier("lenet_300_100", 10, (1, 8, 8), lr=0.5, schedule="one_cycle")
-    trainer.fit(module, train.build_data("digits", batch_size=64))
+    trainer.fit(module, build_data("digits", batch_size=64))
     steps = 4 * 20
     lowest, highest, last = 0.5 / 25, 0.5, 0.5 / 25 / 1e4
     top = 0.3 * steps - 1
@@ -173,7 +174,7 @@ def test_cutout_removes_one_square_of_each_training_image():
 
 
 def test_training_images_alone_are_changed():
-    data = train.build_data("digits", cutout=4)
+    data = build_data("digits", cutout=4)
     batch = torch.full((8, 1, 8, 8), 200, dtype=torch.uint8), torch.arange(8)
     whole = data.normalise(batch[0])
     for training in (True, False):
@@ -199,8 +200,8 @@ def test_crops_reflect():
         (ImageClassifier, {"schedule": "cosine"}, "unknown schedule 'cosine'"),
         (ImageClassifier, {"label_smoothing": 1.0}, "label_smoothing 1.0"),
         (ImageClassifier, {"nesterov": True, "momentum": 0.0}, "nesterov needs a momentum"),
-        (train.build_data, {"crop": "mirror"}, "crop 'mirror'"),
-        (train.build_data, {"cutout": -1}, "cutout -1"),
+        (build_data, {"crop": "mirror"}, "crop 'mirror'"),
+        (build_data, {"cutout": -1}, "cutout -1"),
     ],
 )
 def test_bad_recipes_are_refused(build, settings, says):
@@ -219,7 +220,7 @@ def test_a_checkpoint_rebuilds_its_module(in_tmp):
     digits("--trainer.max_epochs", "3")
     module = ImageClassifier.load_from_checkpoint("runs/lenet_300_100_digits/best.ckpt", weights_only=True)
     assert (module.hparams.name, module.hparams.input_shape) == ("lenet_300_100", (1, 8, 8))
-    data = train.build_data("digits")
+    data = build_data("digits")
     data.setup("test")
     assert evaluate(module, data.test_dataloader(), data) > 0.8
 

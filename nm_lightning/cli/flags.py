@@ -51,3 +51,22 @@ def parse_widths(words: Sequence[str]) -> list[int] | dict[str, int]:
         return [int(word) for word in words]
     except ValueError:
         fail(f"--widths {' '.join(words)}: give whole numbers")
+
+
+def dotted(words: Sequence[str], groups: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Flags of constructors, `--model.width 32` or `--model.width=32`, by group and name; exits on any other.
+
+    >>> dotted(["--model.width", "32", "--data.root=images", "--model.wide"], ["model", "data"])
+    {'model': {'width': '32', 'wide': 'true'}, 'data': {'root': 'images'}}
+    """
+    found: dict[str, dict[str, str]] = {group: {} for group in groups}
+    rest = list(words)
+    while rest:
+        flag, equals, value = rest.pop(0).partition("=")
+        group, _, name = flag.removeprefix("--").partition(".")
+        if not flag.startswith("--") or not name or group not in groups:
+            fail(f"unrecognized arguments: {' '.join([flag + equals + value, *rest])} (see --help)")
+        if not equals:
+            value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
+        found[group][name] = value
+    return found

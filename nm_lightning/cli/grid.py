@@ -22,6 +22,7 @@ from nm_lightning.compression.files.checkpoint import sha256, write
 from nm_lightning.compression.files.export import FORMATS, check_format, export
 from nm_lightning.compression.files.partial import alone, hold, reason, sweep
 from nm_lightning.compression.statistics.ranks import Ranks
+from nm_lightning.compression.structure.inputs import length
 from nm_lightning.compression.structure.plan import compose, prefixed
 from nm_lightning.errors import InputError
 from nm_lightning.measure import Measure, Result
@@ -95,12 +96,13 @@ def run_grid(source: Source, grid: Grid, output: Path, fabric: Fabric, command: 
         InputError: a setting that does not fit, found before anything is evaluated.
     """
     console, device = get_console(), fabric.device
-    module, data = source.module, source.data
-    name, data_name = module.hparams.name, data.hparams.name
-    recipes = grid.recipes(name, data_name)
-    network = module.model.to(device).eval()
-    example = module.example_input.to(device)
+    recipes = grid.recipes(source.name, source.data_name)
+    network, example, loaders = source.network.to(device).eval(), source.example.to(device), source.loaders
+    loaders.device = device
     compressor = Compressor(network, example, recipes[0])
+    if not compressor.subject.sites:
+        why = next((f": {name}: {why}" for name, why in compressor.skipped.items()), "")
+        raise InputError(f"nothing in {source.name} can be compressed{why}")
     for name_of_format in grid.export:
         check_format(name_of_format)
     for recipe in recipes:
@@ -113,12 +115,14 @@ def run_grid(source: Source, grid: Grid, output: Path, fabric: Fabric, command: 
     calibration, images = None, 0
     if any(recipe.looks for recipe in recipes):
         size, seed = recipes[0].calibration_size, recipes[0].seed
-        calibration = data.calibration_images(grid.calibration, size, seed, ranks)
-        images = int(ranks.total(torch.tensor(len(calibration), device=device))[0])
+        calibration = loaders.images(grid.calibration, size, seed, ranks)
     compressor.look_at(calibration, fabric.strategy)
+    if calibration is not None:
+        count = sum(map(length, compressor.subject.batches))
+        images = int(ranks.total(torch.tensor(count, device=device))[0])
 
     with _appearing(output) if ranks.rank == 0 else nullcontext() as folder:
-        console.print(f"{name} on {data_name}, from {source.origin}", soft_wrap=True)
+        console.print(f"{source.title}, from {source.origin}", soft_wrap=True)
         for line in _settings(compressor, recipes):
             console.print(line, soft_wrap=True)
         if source.origin == "random weights":
@@ -127,7 +131,9 @@ def run_grid(source: Source, grid: Grid, output: Path, fabric: Fabric, command: 
             console.print(f"calibration: {images} images, {grid.calibration}, no labels", soft_wrap=True)
         if ranks.size > 1:
             console.print(f"{ranks.size} ranks, {type(fabric.strategy).__name__}", soft_wrap=True)
-        measure = Measure(example, data.test_dataloader(), data, ranks, grid.latency)
+        notes = list(source.notes)
+        loader, own = source.by.loader if source.by.labelled else None, loaders.metrics(source.by, ranks, notes)
+        measure = Measure(example, loader, loaders.hooks, ranks, grid.latency, loaders.keys, own)
         baseline = measure.original(network)
         results: list[Result] = []
         for recipe in recipes:
@@ -139,7 +145,7 @@ def run_grid(source: Source, grid: Grid, output: Path, fabric: Fabric, command: 
             _save_checkpoint(folder / file, source, compressed)
             for ending in grid.export:
                 export(compressed.model, example, (folder / file).with_name(file.removesuffix("ckpt") + ending))
-        about = {"title": f"{name} on {data_name}", "model": name, "data": data_name, "origin": source.origin}
+        about = {"title": source.title, "model": source.name, "data": source.data_name, "origin": source.origin}
         if calibration is not None:
             about |= {"calibration": grid.calibration, "calibration_size": images}
         about |= {
@@ -149,6 +155,10 @@ def run_grid(source: Source, grid: Grid, output: Path, fabric: Fabric, command: 
             "ranks": ranks.size,
             "checkpoint_sha256": sha256(source.path),
         }
+        if not source.by.labelled and not baseline.logged:
+            notes.append("accuracy was not measured: it needs batches of inputs and class labels, and logits")
+        for result in results:
+            result.notes += dict.fromkeys(notes)
         report = assemble(about, baseline, results)
         if folder is not None:
             write_files(folder, report)
@@ -174,14 +184,15 @@ def _settings(compressor: Compressor, recipes: Sequence[Recipe]) -> Iterator[str
 
 
 def _save_checkpoint(path: Path, source: Source, compressed: CompressionResult) -> None:
-    """A Lightning checkpoint of the narrow module: `ImageClassifier.load_from_checkpoint` needs nothing else."""
+    """The narrow network's, as the original's was: of a LightningModule, one that its class loads."""
+    start = f"{source.prefix}." if source.prefix else ""
+    plan = prefixed(compressed.plan, source.prefix) if source.prefix else compressed.plan
     write(
         path,
-        {f"model.{key}": value.cpu() for key, value in compressed.model.state_dict().items()},
-        compose(source.module.compression_plan, prefixed(compressed.plan, "model")),
+        {start + key: value.cpu() for key, value in compressed.model.state_dict().items()},
+        compose(source.plan, plan),
         compressed.recipe,
-        hyper_parameters=dict(source.module.hparams),
-        datamodule_hyper_parameters=dict(source.data.hparams),
+        **source.known,
     )
 
 

@@ -11,6 +11,6 @@
 """
 
 from nm_lightning.models import lenet, vgg, resnet, wide_resnet, alexnet, torchvision_zoo  # noqa: F401, I001 - as listed
-from nm_lightning.models.registry import build_model, register
+from nm_lightning.models.registry import build_model, register, register_own
 
-__all__ = ["build_model", "register"]
+__all__ = ["build_model", "register", "register_own"]

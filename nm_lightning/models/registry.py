@@ -1,12 +1,13 @@
 """The registry of architectures: each registers itself in the file that it is written in."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from nm_lightning import own_code
 from nm_lightning.errors import InputError
 
 
@@ -20,6 +21,7 @@ class Architecture:
         build: `(*groups, num_classes=, input_shape=)`, and `widths=` or `weights=` if it takes them.
         hidden: `(*groups)` to the number of widths that it takes; None where there is no such network.
         pretrained: whether it takes `weights` instead.
+        own: whether it is the user's, and takes `arguments`.
     """
 
     pattern: str
@@ -27,6 +29,7 @@ class Architecture:
     build: Callable[..., nn.Module]
     hidden: Callable[..., int | None]
     pretrained: bool = False
+    own: bool = False
 
 
 ARCHITECTURES: list[Architecture] = []
@@ -44,12 +47,37 @@ def register(
     return known
 
 
+def register_own(name: str) -> None:
+    """Let a class or function of the user's be built by its name, such as `my_package.nets:MyNet` or `timm/resnet18`.
+
+    It gets `num_classes` and `input_shape` if it takes arguments of these names. No name in a checkpoint is imported
+    that was not registered.
+
+    Raises:
+        InputError: it can't be imported.
+    """
+    if any(architecture.shown == name for architecture in ARCHITECTURES):
+        return
+    found = own_code.find(name)
+    taken, _, _ = own_code.parameters(found)
+
+    def build(arguments: Mapping[str, Any], **shape: Any) -> nn.Module:
+        given = {label: value for label, value in shape.items() if label in taken} | dict(arguments)
+        network = own_code.construct(found, given, name)
+        if not isinstance(network, nn.Module):
+            raise InputError(f"model {name!r} builds a {type(network).__name__}, not an nn.Module")
+        return network
+
+    ARCHITECTURES.append(Architecture(re.escape(name), name, build, lambda: 0, own=True))
+
+
 def build_model(
     name: str,
     num_classes: int,
     input_shape: tuple[int, int, int],
     widths: Sequence[int] | None = None,
     weights: str | None = None,
+    arguments: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """Build a network by its registered name.
 
@@ -59,6 +87,7 @@ def build_model(
         input_shape: `(channels, height, width)` of one image.
         widths: neurons of each hidden layer in order, see `nm_lightning.models`; None for the architecture's own.
         weights: torchvision's pretrained weights (`DEFAULT`, `IMAGENET1K_V1`, ...); only for `torchvision/<name>`.
+        arguments: of the user's own network, see `register_own`.
 
     Returns:
         The network, freshly initialised unless `weights` is given.
@@ -75,6 +104,10 @@ def build_model(
         options["weights"] = weights
     elif weights is not None:
         raise InputError(f"weights {weights!r}: only torchvision/<name> has pretrained weights, {name} has none")
+    if architecture.own:
+        options["arguments"] = arguments or {}
+    elif arguments:
+        raise InputError(f"{name} takes no {', '.join(arguments)}")
     if widths is not None:
         if not hidden:
             raise InputError(f"{name} takes no widths: build it whole, then compress it")
@@ -93,4 +126,6 @@ def _find(name: str) -> tuple[Architecture, list[int | str], int]:
             if hidden is not None:
                 return architecture, groups, hidden
     names = ", ".join(architecture.shown for architecture in ARCHITECTURES)
-    raise InputError(f"unknown model {name!r}: choose from {names}")
+    if own_code.is_own(name):
+        raise InputError(f"model {name!r} is code that is not ours: nm_lightning.models.register_own({name!r}) first")
+    raise InputError(f"unknown model {name!r}: choose from {names}, or give module:Class of your own")

@@ -2,6 +2,6 @@
 
 from nm_lightning.measure import evaluate
 from nm_lightning.modules.classifier import ImageClassifier
-from nm_lightning.modules.compressible import Compressible
+from nm_lightning.modules.compressible import Compressible, arguments_of
 
-__all__ = ["Compressible", "ImageClassifier", "evaluate"]
+__all__ = ["Compressible", "ImageClassifier", "arguments_of", "evaluate"]

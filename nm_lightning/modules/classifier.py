@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import MultiStepLR, OneCycleLR
 from torchmetrics.classification import MulticlassAccuracy
 
+from nm_lightning.batches import inputs_and_labels, logits_of
 from nm_lightning.errors import InputError
 from nm_lightning.models import build_model
 from nm_lightning.modules.compressible import Compressible
@@ -42,6 +43,7 @@ class ImageClassifier(Compressible, LightningModule):
         gamma: that factor.
         channels_last: keep the convolutions' weights, and with them all activations, with the channels last in memory,
             which is faster with `bf16-mixed` and on GPUs.
+        arguments: of a network of the user's own, see `nm_lightning.models.register_own`.
 
     Raises:
         InputError: settings out of range.
@@ -64,6 +66,7 @@ class ImageClassifier(Compressible, LightningModule):
         decay_all: bool = True,
         label_smoothing: float = 0.0,
         schedule: str = "steps",
+        arguments: dict[str, Any] | None = None,
     ):
         super().__init__()
         if schedule not in SCHEDULES:
@@ -88,9 +91,10 @@ class ImageClassifier(Compressible, LightningModule):
                 "decay_all": decay_all,
                 "label_smoothing": label_smoothing,
                 "schedule": schedule,
+                **({"arguments": dict(arguments)} if arguments else {}),
             }  # not `weights`: a checkpoint brings its own
         )
-        self.model = build_model(name, num_classes, tuple(input_shape), widths, weights)
+        self.model = build_model(name, num_classes, tuple(input_shape), widths, weights, arguments)
         if channels_last:
             self.model.to(memory_format=torch.channels_last)
         top_k = {"accuracy": 1, "top5": min(5, num_classes)}
@@ -109,7 +113,7 @@ class ImageClassifier(Compressible, LightningModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images `(N, C, H, W)` to logits `(N, num_classes)`."""
-        return self.model(images)
+        return logits_of(self.model(images))
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Cross-entropy of one batch with smoothed labels."""
@@ -124,7 +128,7 @@ class ImageClassifier(Compressible, LightningModule):
         self._step(batch, "test")
 
     def _step(self, batch: tuple[Tensor, Tensor], stage: str) -> Tensor:
-        images, labels = batch
+        images, labels = inputs_and_labels(batch)
         train = stage == "train"
         logits = self(images)
         loss = F.cross_entropy(logits, labels, label_smoothing=self.hparams.label_smoothing if train else 0.0)

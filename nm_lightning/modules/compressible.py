@@ -1,8 +1,9 @@
-"""The one line that makes any LightningModule's compressed checkpoints load by themselves."""
+"""What makes a LightningModule's compressed checkpoints load by themselves: one line, and what it was built with."""
 
 from typing import Any
 
 from nm_lightning.compression.files.checkpoint import PLAN_KEY
+from nm_lightning.compression.files.inert import plain_data
 from nm_lightning.compression.structure.copies import make_plain
 from nm_lightning.compression.structure.plan import Plan, apply_plan, compose
 
@@ -37,3 +38,23 @@ class Compressible:
             make_plain(self)  # as compressed weights are
             apply_plan(self, plan)
             self.compression_plan = plan
+
+
+def arguments_of(module: Any, data: Any = None) -> tuple[dict[str, Any], list[str]]:
+    """What a module and its data were built with, as Lightning's checkpoints hold it, and lines on what was left out.
+
+    Args:
+        module: a LightningModule.
+        data: a LightningDataModule, where there is one.
+    """
+    hparams, found, notes = {"hyper_parameters": module.hparams}, {}, []
+    if data is not None:
+        hparams["datamodule_hyper_parameters"] = data.hparams
+    for name, values in hparams.items():
+        found[name], left_out = plain_data(values)
+        if left_out:
+            found[f"{name}_left_out"] = left_out
+        notes += [f"{name}: {each} is no plain data, and left out of the checkpoint" for each in left_out]
+    if getattr(module, "_hparams_name", None):
+        found["hparams_name"] = module._hparams_name
+    return found, notes

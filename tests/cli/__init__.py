@@ -1,6 +1,6 @@
 import json
 
-import compress
+from nm_lightning.cli import compress
 
 GRID = ["--method", "prune", "merge", "reconstruct", "--criterion", "l1-norm", "l2-norm", "--ratio", "0.5", "0.8"]
 

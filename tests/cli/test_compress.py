@@ -15,8 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-import compress
-from nm_lightning.cli import grid
+from nm_lightning.cli import compress, grid
 from nm_lightning.data import build_data
 from nm_lightning.models import build_model
 from nm_lightning.modules import ImageClassifier, evaluate

@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-import compress
+from nm_lightning.cli import compress
 from nm_lightning.cli.sweeps import flags_of
 from nm_lightning.errors import InputError
 from tests import ROOT

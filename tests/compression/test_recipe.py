@@ -84,7 +84,7 @@ def test_objects_and_words_mean_the_same():
 
 def test_every_setting_goes_through_every_door(monkeypatch):
     """What the library takes, the callback's signature and the command line's flags have, with the same defaults."""
-    import compress as script
+    from nm_lightning.cli import compress as script
 
     known = settings()
     shown = inspect.signature(NeuronMergeCallback).parameters

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import compress as cli
 from nm_lightning import InputError, compress, trace
+from nm_lightning.cli import compress as cli
 from tests.networks import STRANGE, Attention, Residual, Strange, images, lively
 from tests.oracles import gap
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import compress as cli
 from nm_lightning import InputError, compress, trace
+from nm_lightning.cli import compress as cli
 from nm_lightning.compression.graph import graph_of
 from nm_lightning.compression.refine import refit as refitting
 from nm_lightning.compression.refine.refit import find_windows, refit
