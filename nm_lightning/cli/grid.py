@@ -24,7 +24,7 @@ from nm_lightning.compression.files.partial import alone, hold, reason, sweep
 from nm_lightning.compression.statistics.ranks import Ranks
 from nm_lightning.compression.structure.plan import compose, prefixed
 from nm_lightning.errors import InputError
-from nm_lightning.measure import Measure, Result
+from nm_lightning.measure import Measure, Result, odd_widths
 from nm_lightning.presets import filled
 from nm_lightning.reporting.files import write_files
 from nm_lightning.reporting.results import assemble, print_table
@@ -139,6 +139,7 @@ def run_grid(source: Source, grid: Grid, output: Path, fabric: Fabric, command: 
             _save_checkpoint(folder / file, source, compressed)
             for ending in grid.export:
                 export(compressed.model, example, (folder / file).with_name(file.removesuffix("ckpt") + ending))
+        odd_widths(baseline, results, network)
         about = {"title": f"{name} on {data_name}", "model": name, "data": data_name, "origin": source.origin}
         if calibration is not None:
             about |= {"calibration": grid.calibration, "calibration_size": images}
