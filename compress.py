@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from rich import get_console
 
+from nm_lightning.cli.analyse import run_analysis
 from nm_lightning.cli.errors import OneLineParser, one_line_errors
 from nm_lightning.cli.flags import add_settings, given_settings
 from nm_lightning.cli.grid import Grid, run_grid
@@ -48,6 +49,15 @@ def parser_of_flags() -> argparse.ArgumentParser:
     parser.add_argument("--data", help="digits, fashion_mnist, cifar10, cifar100, imagenet or folder, likewise")
     parser.add_argument("--data_dir", help="where the images are (data)")
     parser.add_argument("--weights", help="torchvision's pretrained weights instead of a checkpoint, such as DEFAULT")
+    parser.add_argument(
+        "--analyse",
+        nargs="?",
+        type=int,
+        const=1024,
+        metavar="IMAGES",
+        help="compress nothing: what each site holds, and what a tenth, three tenths and half of it (or --ratio) cost "
+        "alone, on so many test images (1024)",
+    )
     parser.add_argument("--latency", action="store_true", help="time an image before and after, batches of 1 and 128")
     parser.add_argument("--export", nargs="+", default=[], help="pt2, onnx: each result as a file that runs elsewhere")
     parser.add_argument("--output", type=Path, help="folder for report, plot and checkpoints (a new one under runs/)")
@@ -74,17 +84,24 @@ def main(arguments: list[str] | None = None) -> None:
         ratios = given.pop("ratio", None)
         grid = Grid(args.method, args.criterion, ratios, given, args.calibration, args.latency, args.export)
         source = open_source(args.checkpoint, args.model, args.data, args.data_dir, args.weights, seed)
+        command = shlex.join(["python", *sys.argv])
         label = source.module.hparams.name.replace("/", "_")
-        output = args.output or RUNS / f"compress-{label}-{time.strftime('%Y%m%d-%H%M%S')}"
+        output = (
+            args.output
+            or RUNS / f"{'compress' if args.analyse is None else 'analyse'}-{label}-{time.strftime('%Y%m%d-%H%M%S')}"
+        )
         get_console().quiet = args.quiet or args.json
-        report = run_grid(source, grid, output, fabric, shlex.join(["python", *sys.argv]))
-        if fabric.is_global_zero:
+        if args.analyse is not None:
+            report = run_analysis(source, grid, output, fabric, args.analyse, command)
+        else:
+            report = run_grid(source, grid, output, fabric, command)
+        if fabric.is_global_zero and args.analyse is None:
             where = args.wandb_project, args.wandb_entity, args.wandb_tags
             line = log_invocation(report, vars(args), output, source.path, *where)
             if line:
                 get_console().print(line, soft_wrap=True)
-            if args.json:
-                print(json.dumps(report))
+        if fabric.is_global_zero and args.json:
+            print(json.dumps(report))
 
 
 if __name__ == "__main__":

@@ -196,12 +196,24 @@ def evaluate(
     Raises:
         InputError: these are no logits and class labels, or the data set has changed.
     """
+    model.to(device)  # out of inference mode, where it would make inference tensors of the parameters
+    batches = on_device(progress(dealt(loader, ranks), description), data, device)
+    return share_right(model, batches, ranks, keys, device)
+
+
+def share_right(
+    model: nn.Module,
+    batches: Iterable,
+    ranks: Ranks = ALONE,
+    keys: tuple[Key, Key] = (None, None),
+    device: torch.device | str = "cpu",
+) -> float:
+    """`evaluate` on this rank's batches as they lie on the device."""
     correct = total = 0
     threshold = None
-    model.to(device)  # out of inference mode, where it would make inference tensors of the parameters
     with modes_kept(model), torch.inference_mode():
         model.eval()
-        for batch in on_device(progress(dealt(loader, ranks), description), data, device):
+        for batch in batches:
             images, labels = inputs_and_labels(batch, *keys)
             images = as_read(images, model)
             logits = logits_of(model(images))

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from lightning_fabric import Fabric
 from rich import get_console
+from torch import nn
 
 from nm_lightning.cli.launch import launch
 from nm_lightning.cli.sources import Source
@@ -29,6 +30,7 @@ from nm_lightning.presets import filled
 from nm_lightning.reporting.files import write_files
 from nm_lightning.reporting.results import assemble, print_table
 
+SOME = ("results.csv", "accuracy.png", "sensitivity.png")
 NOTES = 6  # lines of them on the terminal
 TARGETS = ("target_parameters", "target_macs")
 
@@ -94,39 +96,15 @@ def run_grid(source: Source, grid: Grid, output: Path, fabric: Fabric, command: 
     Raises:
         InputError: a setting that does not fit, found before anything is evaluated.
     """
-    console, device = get_console(), fabric.device
-    module, data = source.module, source.data
-    name, data_name = module.hparams.name, data.hparams.name
-    recipes = grid.recipes(name, data_name)
-    network = module.model.to(device).eval()
-    example = module.example_input.to(device)
-    compressor = Compressor(network, example, recipes[0])
+    console, module, data = get_console(), source.module, source.data
+    recipes = grid.recipes(module.hparams.name, data.hparams.name)
     for name_of_format in grid.export:
         check_format(name_of_format)
-    for recipe in recipes:
-        recipe.check_images(grid.calibration)
-        recipe.budget.check(compressor.subject)
+    network, compressor, ranks, about = started(source, grid, recipes, fabric)
+    example = compressor.subject.example
 
-    launch(fabric)
-    ranks = Ranks(fabric.strategy)
-    console.quiet |= ranks.rank > 0
-    calibration, images = None, 0
-    if any(recipe.looks for recipe in recipes):
-        size, seed = recipes[0].calibration_size, recipes[0].seed
-        calibration = data.calibration_images(grid.calibration, size, seed, ranks)
-        images = int(ranks.total(torch.tensor(len(calibration), device=device))[0])
-    compressor.look_at(calibration, fabric.strategy)
-
-    with _appearing(output) if ranks.rank == 0 else nullcontext() as folder:
-        console.print(f"{name} on {data_name}, from {source.origin}", soft_wrap=True)
-        for line in _settings(compressor, recipes):
-            console.print(line, soft_wrap=True)
-        if source.origin == "random weights":
-            console.print("note: random weights: give --checkpoint PATH or --weights DEFAULT", soft_wrap=True)
-        if calibration is not None:
-            console.print(f"calibration: {images} images, {grid.calibration}, no labels", soft_wrap=True)
-        if ranks.size > 1:
-            console.print(f"{ranks.size} ranks, {type(fabric.strategy).__name__}", soft_wrap=True)
+    with appearing(output) if ranks.rank == 0 else nullcontext() as folder:
+        introduce(source, about, compressor, recipes)
         measure = Measure(example, data.test_dataloader(), data, ranks, grid.latency)
         baseline = measure.original(network)
         results: list[Result] = []
@@ -140,17 +118,7 @@ def run_grid(source: Source, grid: Grid, output: Path, fabric: Fabric, command: 
             for ending in grid.export:
                 export(compressed.model, example, (folder / file).with_name(file.removesuffix("ckpt") + ending))
         odd_widths(baseline, results, network)
-        about = {"title": f"{name} on {data_name}", "model": name, "data": data_name, "origin": source.origin}
-        if calibration is not None:
-            about |= {"calibration": grid.calibration, "calibration_size": images}
-        about |= {
-            "left_alone": compressor.skipped,
-            "command": command,
-            "device": str(device),
-            "ranks": ranks.size,
-            "checkpoint_sha256": sha256(source.path),
-        }
-        report = assemble(about, baseline, results)
+        report = assemble({**about, "command": command}, baseline, results)
         if folder is not None:
             write_files(folder, report)
 
@@ -162,6 +130,48 @@ def run_grid(source: Source, grid: Grid, output: Path, fabric: Fabric, command: 
         console.print(f"note: {len(notes) - NOTES} more in report.html", soft_wrap=True)
     console.print(f"report, plot and checkpoints: {output}/", soft_wrap=True)
     return report
+
+
+def started(
+    source: Source, grid: Grid, recipes: Sequence[Recipe], fabric: Fabric
+) -> tuple[nn.Module, Compressor, Ranks, dict[str, Any]]:
+    """Check the settings, launch the ranks, and read the calibration images.
+
+    Returns:
+        The network, its compressor, the ranks, and what every report says of them.
+    """
+    module, data, device = source.module, source.data, fabric.device
+    network = module.model.to(device).eval()
+    compressor = Compressor(network, module.example_input.to(device), recipes[0])
+    for recipe in recipes:
+        recipe.check_images(grid.calibration)
+        recipe.budget.check(compressor.subject)
+    launch(fabric)
+    ranks, calibration, about = Ranks(fabric.strategy), None, {}
+    get_console().quiet |= ranks.rank > 0
+    name, data_name = module.hparams.name, data.hparams.name
+    about |= {"title": f"{name} on {data_name}", "model": name, "data": data_name, "origin": source.origin}
+    if any(recipe.looks for recipe in recipes):
+        size, seed = recipes[0].calibration_size, recipes[0].seed
+        calibration = data.calibration_images(grid.calibration, size, seed, ranks)
+        images = int(ranks.total(torch.tensor(len(calibration), device=device))[0])
+        about |= {"calibration": grid.calibration, "calibration_size": images}
+    compressor.look_at(calibration, fabric.strategy)
+    about |= {"left_alone": compressor.skipped, "device": str(device), "ranks": ranks.size}
+    return network, compressor, ranks, about | {"checkpoint_sha256": sha256(source.path)}
+
+
+def introduce(source: Source, about: Mapping[str, Any], compressor: Compressor, recipes: Sequence[Recipe]) -> None:
+    """Say on the terminal what is about to be done, a line each."""
+    lines = [f"{about['title']}, from {source.origin}", *_settings(compressor, recipes)]
+    if source.origin == "random weights":
+        lines.append("note: random weights: give --checkpoint PATH or --weights DEFAULT")
+    if "calibration" in about:
+        lines.append(f"calibration: {about['calibration_size']} images, {about['calibration']}, no labels")
+    if about["ranks"] > 1:
+        lines.append(f"{about['ranks']} ranks, {type(compressor.subject.ranks.strategy).__name__}")
+    for line in lines:
+        get_console().print(line, soft_wrap=True)
 
 
 def _settings(compressor: Compressor, recipes: Sequence[Recipe]) -> Iterator[str]:
@@ -187,7 +197,7 @@ def _save_checkpoint(path: Path, source: Source, compressed: CompressionResult) 
 
 
 @contextmanager
-def _appearing(output: Path) -> Iterator[Path]:
+def appearing(output: Path) -> Iterator[Path]:
     """A hidden folder to write to, which becomes `output` when the block ends well and vanishes when it does not.
 
     What killed runs have left beside it is swept.
@@ -225,10 +235,11 @@ def _appearing(output: Path) -> Iterator[Path]:
 
 
 def _written_before(output: Path) -> list[Path]:
-    """The checkpoints that the folder's last report tells of."""
+    """The checkpoints that the folder's last report tells of, and the files that not every report has."""
     try:
-        rows = json.loads((output / "report.json").read_text())["results"]
+        rows = json.loads((output / "report.json").read_text()).get("results", [])
         stems = [Path(row["checkpoint"]).name.removesuffix("ckpt") for row in rows]
-        return [output / f"{stem}{ending}" for stem in stems for ending in ("ckpt", *FORMATS)]
+        files = [f"{stem}{ending}" for stem in stems for ending in ("ckpt", *FORMATS)]
+        return [output / name for name in (*files, *SOME)]
     except (OSError, ValueError, KeyError, TypeError):
         return []

@@ -2,7 +2,8 @@
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from nm_lightning.reporting.chart import svg
+from nm_lightning.compression.report import by_reason, several
+from nm_lightning.reporting.chart import single, svg
 from nm_lightning.reporting.results import featured, percent, short
 
 ENVIRONMENT = Environment(
@@ -12,12 +13,14 @@ ENVIRONMENT = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-ENVIRONMENT.filters |= {"percent": percent, "short": short}
+ENVIRONMENT.filters |= {"percent": percent, "short": short, "by_reason": by_reason, "several": several}
 
 
 def html(report: dict) -> str:
     """A page that needs no network: headline, curve, results, layers, and how to repeat it."""
-    return ENVIRONMENT.get_template("report.html").render(report=report, top=featured(report), chart=svg(report))
+    return ENVIRONMENT.get_template("report.html").render(
+        report=report, top=featured(report), chart=svg(report), bars=single(report)
+    )
 
 
 def markdown(report: dict) -> str:

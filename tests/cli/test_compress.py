@@ -356,7 +356,7 @@ def one_line(output, capsys, *flags):
 
 
 def test_two_runs_into_one_folder(workplace, tmp_path, capsys):
-    with grid._appearing(tmp_path / "out") as held:
+    with grid.appearing(tmp_path / "out") as held:
         assert "out' is being written by another run" in one_line(tmp_path / "out", capsys)
         compress.main(["--ratio", "0.5", "--output", str(tmp_path / "out.2"), "--quiet"])  # another folder
         (held / "report.json").write_text("{}")

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
 from math import gcd, lcm
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,8 @@ from nm_lightning.compression.structure.inputs import Inputs, first, to
 from nm_lightning.compression.structure.plan import apply_plan, plan_sites
 from nm_lightning.compression.structure.sites import Site
 from nm_lightning.errors import InputError
+
+T = TypeVar("T")
 
 
 def floor(neurons: int, ratio: float) -> int:
@@ -138,14 +141,8 @@ class Target(Budget):
         self._cut(subject, {site.name: torch.zeros(site.width - site.step) for site in subject.sites})
 
     def _cut(self, subject: Subject, costs: Mapping[str, Tensor]) -> dict[str, int]:
-        sites, hollow = subject.sites, without_data(subject.model).eval()
-
-        def size(widths: Mapping[str, int]) -> int:
-            keeps = {site.name: site.survivors(torch.zeros(site.width), widths[site.name]) for site in sites}
-            narrow = apply_plan(plain_copy(hollow)[0], plan_sites(sites, keeps))
-            return self.measured(narrow, to(first(subject.example, 1), "meta"))
-
-        return share_cut(sites, costs, size, self.share, self.round_to)
+        size = sized(subject, self.measured)
+        return share_cut(subject.sites, costs, size, self.share, self.round_to)
 
 
 @dataclass(frozen=True)
@@ -180,6 +177,17 @@ class Macs(Target):
     def measured(network: nn.Module, example: Inputs) -> int:
         """The multiply-accumulates of one image."""
         return cost(network, example).macs
+
+
+def sized(subject: Subject, measured: Callable[[nn.Module, Inputs], T]) -> Callable[[Mapping[str, int]], T]:
+    """What `measured` says of the network at given widths, found without its data."""
+    sites, hollow, example = subject.sites, without_data(subject.model).eval(), to(first(subject.example, 1), "meta")
+
+    def size(widths: Mapping[str, int]) -> T:
+        keeps = {site.name: site.survivors(torch.zeros(site.width), widths[site.name]) for site in sites}
+        return measured(apply_plan(plain_copy(hollow)[0], plan_sites(sites, keeps)), example)
+
+    return size
 
 
 def choose(sites: Sequence[Site], patterns: str | Sequence[str] | None) -> list[Site]:
