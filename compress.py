@@ -15,7 +15,7 @@ from rich import get_console
 
 from nm_lightning.cli.analyse import run_analysis
 from nm_lightning.cli.errors import OneLineParser, one_line_errors
-from nm_lightning.cli.flags import add_settings, given_settings
+from nm_lightning.cli.flags import add_settings, given_settings, source_words
 from nm_lightning.cli.grid import Grid, run_grid
 from nm_lightning.cli.launch import fabric_of
 from nm_lightning.cli.sources import RUNS, open_source
@@ -82,7 +82,8 @@ def main(arguments: list[str] | None = None) -> None:
         given, seed = given_settings(args), args.seed or 0
         torch.manual_seed(seed)
         ratios = given.pop("ratio", None)
-        grid = Grid(args.method, args.criterion, ratios, given, args.calibration, args.latency, args.export)
+        words = source_words(args, parser_of_flags())
+        grid = Grid(args.method, args.criterion, ratios, given, args.calibration, args.latency, args.export, words)
         source = open_source(args.checkpoint, args.model, args.data, args.data_dir, args.weights, seed)
         command = shlex.join(["python", *sys.argv])
         label = source.module.hparams.name.replace("/", "_")

@@ -77,6 +77,7 @@ class Result:
             from -1 to 1.
         latency: at each batch size, where it was measured.
         logged: by its own steps, where accuracy can't be told.
+        command: of compress.py that gives this result again.
     """
 
     method: str
@@ -96,6 +97,7 @@ class Result:
     similarity: list[int] = field(default_factory=list)
     latency: list[Latency] = field(default_factory=list)
     logged: dict[str, float] = field(default_factory=dict)
+    command: str = ""
 
 
 @dataclass

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from lightning_fabric import Fabric
 from rich import get_console
 from torch import nn
 
+from nm_lightning.cli.flags import recipe_words
 from nm_lightning.cli.launch import launch
 from nm_lightning.cli.sources import Source
 from nm_lightning.compression import CompressionResult, Compressor, Recipe
@@ -26,9 +28,9 @@ from nm_lightning.compression.statistics.ranks import Ranks
 from nm_lightning.compression.structure.plan import compose, prefixed
 from nm_lightning.errors import InputError
 from nm_lightning.measure import Measure, Result, odd_widths
-from nm_lightning.presets import filled
+from nm_lightning.presets import filled, preset
 from nm_lightning.reporting.files import write_files
-from nm_lightning.reporting.results import assemble, print_table
+from nm_lightning.reporting.results import assemble, featured, print_table
 
 SOME = ("results.csv", "accuracy.png", "sensitivity.png")
 NOTES = 6  # lines of them on the terminal
@@ -47,6 +49,7 @@ class Grid:
         calibration: `data`, `synthetic`, or a folder of images.
         latency: whether to measure it.
         export: formats of further files.
+        source: words of the command line that say what is compressed, for the command of each result.
     """
 
     methods: Sequence[str]
@@ -56,6 +59,7 @@ class Grid:
     calibration: str = "data"
     latency: bool = False
     export: Sequence[str] = ()
+    source: Sequence[str] = ()
 
     def recipes(self, model: str, data: str) -> list[Recipe]:
         """Every method with every criterion at every ratio; what was not given is the preset's or has its default.
@@ -111,6 +115,7 @@ def run_grid(source: Source, grid: Grid, output: Path, fabric: Fabric, command: 
         for recipe in recipes:
             file = f"{recipe.method.label}_{recipe.criterion.label}_{recipe.budget.says}.ckpt"
             compressed, result = measure.compressed(compressor, recipe, file)
+            result.command = again(source, grid, recipe)
             results.append(result)
             if folder is None:
                 continue
@@ -128,8 +133,18 @@ def run_grid(source: Source, grid: Grid, output: Path, fabric: Fabric, command: 
         console.print(f"note: {note}", soft_wrap=True)
     if len(notes) > NOTES:
         console.print(f"note: {len(notes) - NOTES} more in report.html", soft_wrap=True)
+    console.print(f"again: {featured(report)['command']}", soft_wrap=True)
     console.print(f"report, plot and checkpoints: {output}/", soft_wrap=True)
     return report
+
+
+def again(source: Source, grid: Grid, recipe: Recipe) -> str:
+    """The command that gives a cell's result, from whatever the command line left to defaults and presets."""
+    words = list(grid.source)
+    if source.path is not None and "--checkpoint" not in words:
+        words = ["--checkpoint", str(source.path), *words]
+    known = preset(source.module.hparams.name, source.data.hparams.name)
+    return shlex.join(["python", "compress.py", *words, *recipe_words(recipe, known)])
 
 
 def started(

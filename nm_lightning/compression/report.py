@@ -55,7 +55,8 @@ class Report:
     @property
     def notes(self) -> list[str]:
         """The sentences that a reader of the result should see."""
-        notes = [*self.remarks, *(f"{site.name}: {site.note}" for site in self.sites if site.note)]
+        noted = by_reason({site.name: site.note for site in self.sites if site.note})
+        notes = [*self.remarks, *(f"{several(names)}: {note}" for names, note in noted)]
         negative = sum(site.negative for site in self.sites)
         if negative:
             notes.append(f"{negative} negative scaling entries kept, as published")
