@@ -322,9 +322,8 @@ def odd_widths(baseline: Baseline, results: Sequence[Result], original: nn.Modul
             continue
         for before, after in zip(baseline.latency, row.latency, strict=True):
             time = after.median / before.median
-            found.append(
-                (time - macs, f"{time:.0%} of the time with {macs:.0%} of the MACs, {after.batch} at once", row)
-            )
+            shares = f"{100 * time:.0f} % of the time with {100 * macs:.0f} % of the MACs"
+            found.append((time - macs, f"{shares}, {after.batch} at once", row))
     excess, said, row = max(found, key=lambda each: each[0], default=(0.0, "", None))
     if row is not None and excess > SLACK:
         name = ", ".join([row.method, row.criterion, *([] if row.ratio is None else [f"{row.ratio:g}"])])

@@ -61,6 +61,6 @@ def test_odd_widths_are_noted_where_they_seem_to_cost_time(settings, before, aft
     odd_widths(baseline, rows, nn.Sequential(layer))
     assert rows[1].notes == []
     assert rows[0].notes == said * [
-        "prune, l2-norm, 0.3 takes 106% of the time with 69% of the MACs, 128 at once: most convolutions have no "
+        "prune, l2-norm, 0.3 takes 106 % of the time with 69 % of the MACs, 128 at once: most convolutions have no "
         "multiple of 8 channels now, --round_to 8 may be faster"
     ]

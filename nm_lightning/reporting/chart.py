@@ -40,14 +40,14 @@ def figure(report: dict, ink: str = "black") -> Figure:
 
 def _bars(accuracies: dict[str, float], before: float, lines: Iterable[tuple[str, str]]) -> Figure:
     """The original's bar, and one for each line's only point, from 0."""
-    sheet = Figure(figsize=(7, 1.2 + 0.35 * len(accuracies)), dpi=150, layout="constrained")
+    sheet = Figure(figsize=(5, 1.2 + 0.35 * len(accuracies)), dpi=150, layout="constrained")
     axes = sheet.add_subplot()
     colours = ["0.6", *(COLOURS.get(method, OTHER) for method, _ in lines)]
     bars = axes.barh(["original", *accuracies], [before, *accuracies.values()], 0.65, color=colours)
     for number, bar in enumerate(bars):
         bar.set_gid(f"bar{number}")
     axes.bar_label(bars, fmt="%.2f", padding=4)
-    axes.set(xlabel="test accuracy (%)", xlim=(0, 112), xticks=range(0, 101, 20))
+    axes.set(xlabel="test accuracy (%)", xlim=(0, 118), xticks=range(0, 101, 20))
     axes.invert_yaxis()
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)
