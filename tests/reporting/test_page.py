@@ -51,15 +51,11 @@ def test_the_page_in_a_browser(size, scheme, grid, browser):
 
 
 def test_one_ratio_is_drawn_as_bars_and_a_reason_is_one_line(grid, browser, tmp_path):
-    folder, report = grid
-    report = json.loads(json.dumps(report))
+    report = json.loads(json.dumps(grid[1]))
     report["results"] = [row for row in report["results"] if row["ratio"] == 0.5]
     added = "added to the neurons of {}: --scope all shrinks them"
-    report["left_alone"] = {
-        "a.1": added.format("a.10, b"),
-        "a.10": added.format("a.1, b"),
-        "b": added.format("a.1, a.10"),
-    }
+    layers = ["a.1", "a.10", "b"]
+    report["left_alone"] = {own: added.format(", ".join(name for name in layers if name != own)) for own in layers}
     report["left_alone"]["ip3"] = "its neurons are the network's outputs"
     (tmp_path / "report.html").write_text(html(report))
     page = browser.new_page(viewport={"width": 390, "height": 844})

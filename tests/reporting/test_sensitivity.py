@@ -24,14 +24,14 @@ def report(sites, name="layer{}.conv1"):
     ]
     return {
         "title": "resnet56 on cifar10", "origin": "best.ckpt", "left_alone": {"fc": "it is <the> end"}, "images": 1000,
-        "command": "python compress.py --analyse", "versions": {"torch": "2"}, "device": "cpu", "checkpoint_sha256": None,
-        "method": "merge", "criterion": "l2-norm", "ratios": [0.1, 0.3, 0.5], "sites": rows,
+        "command": "python compress.py --analyse", "versions": {"torch": "2"}, "device": "cpu",
+        "checkpoint_sha256": None, "method": "merge", "criterion": "l2-norm", "ratios": [0.1, 0.3, 0.5], "sites": rows,
         "baseline": {"accuracy": 0.9, "parameters": 1000, "macs": 2000},
     }  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("sites", "name"), [(1, "layer{}"), (27, "layer{}.conv1"), (200, "encoder.a_long_name.{}.mlp")]
+    ("sites", "name"), [(1, "layer{}"), (27, "layer{}.conv1"), (200, "encoder.a_long.name.{}.mlp")]
 )
 def test_the_plot_has_a_dot_for_each_removal_and_names_what_fits(sites, name):
     found = report(sites, name)
