@@ -269,7 +269,8 @@ def share_cut(
     every = torch.cat([torch.zeros(1, dtype=torch.double), *prices.values()]).unique()
     if size(widths(float(every[-1]))) > target * whole:
         least = size(widths(float(every[-1]))) / whole
-        raise InputError(f"target {target}: the sites can't bring the network below {least:.3f} of its size")
+        by = f" by multiples of {round_to}" if round_to > 1 else ""
+        raise InputError(f"target {target}: the sites can't bring the network below {least:.3f} of its size{by}")
     low, high = 0, len(every) - 1
     while low < high:
         middle = (low + high) // 2
