@@ -25,6 +25,9 @@ from nm_lightning.progress import progress
 
 KEPT = ("num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context")
 BATCHES = (1, 128)  # whose latency is measured
+LANES = 8  # channels that processors like to have at once
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+SLACK = 0.1  # by which the share of time that is left may exceed the share of MACs
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,7 @@ class Result:
             from -1 to 1.
         latency: at each batch size, where it was measured.
         logged: by its own steps, where accuracy can't be told.
+        command: of compress.py that gives this result again.
     """
 
     method: str
@@ -93,6 +97,7 @@ class Result:
     similarity: list[int] = field(default_factory=list)
     latency: list[Latency] = field(default_factory=list)
     logged: dict[str, float] = field(default_factory=dict)
+    command: str = ""
 
 
 @dataclass
@@ -193,12 +198,24 @@ def evaluate(
     Raises:
         InputError: these are no logits and class labels, or the data set has changed.
     """
+    model.to(device)  # out of inference mode, where it would make inference tensors of the parameters
+    batches = on_device(progress(dealt(loader, ranks), description), data, device)
+    return share_right(model, batches, ranks, keys, device)
+
+
+def share_right(
+    model: nn.Module,
+    batches: Iterable,
+    ranks: Ranks = ALONE,
+    keys: tuple[Key, Key] = (None, None),
+    device: torch.device | str = "cpu",
+) -> float:
+    """`evaluate` on this rank's batches as they lie on the device."""
     correct = total = 0
     threshold = None
-    model.to(device)  # out of inference mode, where it would make inference tensors of the parameters
     with modes_kept(model), torch.inference_mode():
         model.eval()
-        for batch in on_device(progress(dealt(loader, ranks), description), data, device):
+        for batch in batches:
             images, labels = inputs_and_labels(batch, *keys)
             images = as_read(images, model)
             logits = logits_of(model(images))
@@ -281,6 +298,37 @@ def latency(model: nn.Module, example: Inputs, seconds: float = 1.0) -> list[Lat
             low, median, high = times.quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
             found.append(Latency(batch, median, low, high))
     return found
+
+
+def odd_widths(baseline: Baseline, results: Sequence[Result], original: nn.Module) -> None:
+    """Add a note to the result, if there is one, where odd widths may be why less time has gone than work.
+
+    That is, where most of the convolutions that shrank have no multiple of 8 channels any more, and the share of
+    the time that is left exceeds that of the MACs by more than a tenth; it goes to the result where it does so most.
+
+    Args:
+        baseline: the original.
+        results: what became of it.
+        original: the network.
+    """
+    convolutions = {name for name, layer in original.named_modules() if isinstance(layer, CONVOLUTIONS)}
+    found: list[tuple[float, str, Result]] = []
+    for row in results:
+        whole = [site for site in row.sites if site.name in convolutions and site.before % LANES == 0]
+        shrunk = [site.after for site in whole if site.after < site.before]
+        chosen, macs = row.recipe["budget"], row.macs / baseline.macs
+        odd = sum(width % LANES > 0 for width in shrunk)
+        if 2 * odd <= len(shrunk) or chosen.get("round_to") != 1 or "widths" in chosen:
+            continue
+        for before, after in zip(baseline.latency, row.latency, strict=True):
+            time = after.median / before.median
+            shares = f"{100 * time:.0f} % of the time with {100 * macs:.0f} % of the MACs"
+            found.append((time - macs, f"{shares}, {after.batch} at once", row))
+    excess, said, row = max(found, key=lambda each: each[0], default=(0.0, "", None))
+    if row is not None and excess > SLACK:
+        name = ", ".join([row.method, row.criterion, *([] if row.ratio is None else [f"{row.ratio:g}"])])
+        few = f"most convolutions have no multiple of {LANES} channels now"
+        row.notes.append(f"{name} takes {said}: {few}, --round_to {LANES} may be faster")
 
 
 @torch.no_grad()

@@ -1,11 +1,14 @@
 """Before and after: each test image counts once, on however many ranks."""
 
+import pytest
 import torch
 from lightning_fabric.utilities.distributed import DistributedSamplerWrapper
+from torch import nn
 from torch.utils.data import BatchSampler
 
+from nm_lightning.compression import Recipe, SiteReport
 from nm_lightning.compression.statistics.ranks import Ranks
-from nm_lightning.measure import dealt
+from nm_lightning.measure import Baseline, Latency, Result, dealt, odd_widths
 
 
 def test_each_sampler_is_dealt_whole():
@@ -29,3 +32,35 @@ def test_each_sampler_is_dealt_whole():
         first = list(own)
         seen = [int(x) for rank in (0, 1) for (batch,) in dealt(loader, Ranks(Two(rank))) for x in batch]
         assert sorted(seen) == list(wanted)
+
+
+@pytest.mark.parametrize(
+    ("settings", "before", "after", "time", "layer", "said"),
+    [
+        ({}, 16, 11, 1.06, nn.Conv2d(3, 16, 3), True),
+        ({}, 16, 11, 0.75, nn.Conv2d(3, 16, 3), False),  # time has gone with the work
+        ({}, 16, 8, 1.06, nn.Conv2d(3, 16, 3), False),
+        ({}, 20, 11, 1.06, nn.Conv2d(3, 20, 3), False),  # it was odd before
+        ({}, 16, 16, 1.06, nn.Conv2d(3, 16, 3), False),
+        ({}, 16, 11, 1.06, nn.Linear(3, 16), False),
+        ({"round_to": 4}, 16, 11, 1.06, nn.Conv2d(3, 16, 3), False),
+        ({"widths": [11]}, 16, 11, 1.06, nn.Conv2d(3, 16, 3), False),
+    ],
+)
+def test_odd_widths_are_noted_where_they_seem_to_cost_time(settings, before, after, time, layer, said):
+    """Once, at the row where the time that is left exceeds the MACs' share by most."""
+    baseline = Baseline(0.9, 100, 100, [Latency(1, 2.0, 2.0, 2.0), Latency(128, 1.0, 1.0, 1.0)])
+
+    def row(ratio, time):
+        recipe = Recipe.of("prune", **settings).to_dict()
+        return Result("prune", "l2-norm", ratio, recipe, 0.9, 70, 69, 0.1, {}, [], "", "", 0.3,
+                      [SiteReport("0", before, after, "prune")],
+                      latency=[Latency(1, 2.0 * 0.7, 0, 0), Latency(128, time, 0, 0)])  # fmt: skip
+
+    rows = [row(0.3, time), row(0.4, time - 0.01)]
+    odd_widths(baseline, rows, nn.Sequential(layer))
+    assert rows[1].notes == []
+    assert rows[0].notes == said * [
+        "prune, l2-norm, 0.3 takes 106 % of the time with 69 % of the MACs, 128 at once: most convolutions have no "
+        "multiple of 8 channels now, --round_to 8 may be faster"
+    ]

@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 from rich import get_console
 
+from nm_lightning.cli.analyse import run_analysis
 from nm_lightning.cli.errors import OneLineParser, one_line_errors
-from nm_lightning.cli.flags import add_settings, dotted, given_settings
+from nm_lightning.cli.flags import add_settings, dotted, given_settings, source_words
 from nm_lightning.cli.grid import Grid, run_grid
 from nm_lightning.cli.launch import fabric_of
 from nm_lightning.cli.sources import RUNS, Asked, open_source
@@ -55,6 +56,15 @@ def parser_of_flags() -> argparse.ArgumentParser:
     parser.add_argument("--weights", help="torchvision's pretrained weights instead of a checkpoint, such as DEFAULT")
     parser.add_argument("--input_key", help="of the images in a batch: a name or a place (image, x, ..., or the first)")
     parser.add_argument("--label_key", help="of the labels, likewise (label, y, ..., or the second)")
+    parser.add_argument(
+        "--analyse",
+        nargs="?",
+        type=int,
+        const=1024,
+        metavar="IMAGES",
+        help="compress nothing: what each site holds, and what a tenth, three tenths and half of it (or --ratio) cost "
+        "alone, on so many test images (1024)",
+    )
     parser.add_argument("--latency", action="store_true", help="time an image before and after, batches of 1 and 128")
     parser.add_argument("--export", nargs="+", default=[], help="pt2, onnx: each result as a file that runs elsewhere")
     parser.add_argument("--output", type=Path, help="folder for report, plot and checkpoints (a new one under runs/)")
@@ -86,17 +96,22 @@ def main(arguments: list[str] | None = None) -> None:
         given, seed = given_settings(args), args.seed or 0
         torch.manual_seed(seed)
         ratios = given.pop("ratio", None)
-        grid = Grid(args.method, args.criterion, ratios, given, args.calibration, args.latency, args.export)
+        words = source_words(args, parser_of_flags())
+        grid = Grid(args.method, args.criterion, ratios, given, args.calibration, args.latency, args.export, words)
         keys = tuple(int(key) if key and key.lstrip("-").isdigit() else key for key in (args.input_key, args.label_key))
         weights = {"weights": args.weights, "seed": seed, "arguments": args.arguments, "keys": keys}
         source = open_source(Asked(args.checkpoint, args.model, args.data, args.data_dir, **weights))
         label = re.sub(r"[^\w.-]+", "_", source.name)
-        output = args.output or RUNS / f"compress-{label}-{time.strftime('%Y%m%d-%H%M%S')}"
+        kind = "compress" if args.analyse is None else "analyse"
+        output = args.output or RUNS / f"{kind}-{label}-{time.strftime('%Y%m%d-%H%M%S')}"
         get_console().quiet = args.quiet or args.json
-        report = run_grid(source, grid, output, fabric, command_line())
+        if args.analyse is not None:
+            report = run_analysis(source, grid, output, fabric, args.analyse, command_line())
+        else:
+            report = run_grid(source, grid, output, fabric, command_line())
         if fabric.is_global_zero:
             where = args.wandb_project, args.wandb_entity, args.wandb_tags
-            line = log_invocation(report, vars(args), output, source.path, *where)
+            line = log_invocation(report, vars(args), output, source.path, *where) if args.analyse is None else ""
             if line:
                 get_console().print(line, soft_wrap=True)
             if args.json:

@@ -3,13 +3,15 @@
 import argparse
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from nm_lightning.cli.errors import fail
-from nm_lightning.compression.recipe import settings
+from nm_lightning.compression.recipe import Recipe, settings
 from nm_lightning.compression.settings import default_of
 
+SOURCE = ("checkpoint", "model", "data", "data_dir", "weights", "input_key", "label_key")
+SOURCE += ("calibration", "latency", "device")
 SEVERAL = ("ratio", "widths", "sites")  # a flag of several words
 ALIASES = {"lamda": ("--lambda",)}
 
@@ -70,3 +72,34 @@ def dotted(words: Sequence[str], groups: Sequence[str]) -> dict[str, dict[str, s
             value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
         found[group][name] = value
     return found
+
+
+def source_words(args: argparse.Namespace, parser: argparse.ArgumentParser) -> list[str]:
+    """The flags that say what is compressed and how it is measured, as far as they were given."""
+    given = [name for name in SOURCE if getattr(args, name) not in (None, parser.get_default(name))]
+    own = [(f"{group}.{name}", value) for group, values in args.arguments.items() for name, value in values.items()]
+    return [
+        word for name, value in [*((name, getattr(args, name)) for name in given), *own] for word in _flag(name, value)
+    ]
+
+
+def recipe_words(recipe: Recipe, preset: Collection[str] = ()) -> list[str]:
+    """The flags that ask for a recipe; defaults are left out, but for what a preset would say otherwise."""
+    values, known = recipe.flat(), settings()
+    if isinstance(values.get("widths"), Sequence):
+        values.pop("ratio", None)  # it has no say
+    words = ["--method", recipe.method.label, "--criterion", recipe.criterion.label]
+    for name, value in values.items():
+        if name == "ratio" or name in preset or value != default_of(known[name]):
+            words += _flag(name, value)
+    return words
+
+
+def _flag(name: str, value: Any) -> list[str]:
+    """A flag with its words."""
+    if isinstance(value, Mapping):
+        value = [f"{key}={each}" for key, each in value.items()]
+    if value is None or value is False:
+        return []
+    words = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    return [f"--{name}", *([] if value is True else map(str, words))]

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +15,9 @@ from typing import Any
 import torch
 from lightning_fabric import Fabric
 from rich import get_console
+from torch import nn
 
+from nm_lightning.cli.flags import recipe_words
 from nm_lightning.cli.launch import launch
 from nm_lightning.cli.sources import Source
 from nm_lightning.compression import CompressionResult, Compressor, Recipe
@@ -25,11 +28,12 @@ from nm_lightning.compression.statistics.ranks import Ranks
 from nm_lightning.compression.structure.inputs import length
 from nm_lightning.compression.structure.plan import compose, prefixed
 from nm_lightning.errors import InputError
-from nm_lightning.measure import Measure, Result
-from nm_lightning.presets import filled
+from nm_lightning.measure import Measure, Result, odd_widths
+from nm_lightning.presets import filled, preset
 from nm_lightning.reporting.files import write_files
-from nm_lightning.reporting.results import assemble, print_table
+from nm_lightning.reporting.results import assemble, featured, print_table
 
+SOME = ("results.csv", "accuracy.png", "sensitivity.png")
 NOTES = 6  # lines of them on the terminal
 TARGETS = ("target_parameters", "target_macs")
 
@@ -46,6 +50,7 @@ class Grid:
         calibration: `data`, `synthetic`, or a folder of images.
         latency: whether to measure it.
         export: formats of further files.
+        source: words of the command line that say what is compressed, for the command of each result.
     """
 
     methods: Sequence[str]
@@ -55,6 +60,7 @@ class Grid:
     calibration: str = "data"
     latency: bool = False
     export: Sequence[str] = ()
+    source: Sequence[str] = ()
 
     def recipes(self, model: str, data: str) -> list[Recipe]:
         """Every method with every criterion at every ratio; what was not given is the preset's or has its default.
@@ -95,43 +101,15 @@ def run_grid(source: Source, grid: Grid, output: Path, fabric: Fabric, command: 
     Raises:
         InputError: a setting that does not fit, found before anything is evaluated.
     """
-    console, device = get_console(), fabric.device
-    recipes = grid.recipes(source.name, source.data_name)
-    network, example, loaders = source.network.to(device).eval(), source.example.to(device), source.loaders
-    loaders.device = device
-    compressor = Compressor(network, example, recipes[0])
-    if not compressor.subject.sites:
-        why = next((f": {name}: {why}" for name, why in compressor.skipped.items()), "")
-        raise InputError(f"nothing in {source.name} can be compressed{why}")
+    console, recipes = get_console(), grid.recipes(source.name, source.data_name)
     for name_of_format in grid.export:
         check_format(name_of_format)
-    for recipe in recipes:
-        recipe.check_images(grid.calibration)
-        recipe.budget.check(compressor.subject)
+    network, compressor, ranks, about = started(source, grid, recipes, fabric)
+    example = compressor.subject.example
 
-    launch(fabric)
-    ranks = Ranks(fabric.strategy)
-    console.quiet |= ranks.rank > 0
-    calibration, images = None, 0
-    if any(recipe.looks for recipe in recipes):
-        size, seed = recipes[0].calibration_size, recipes[0].seed
-        calibration = loaders.images(grid.calibration, size, seed, ranks)
-    compressor.look_at(calibration, fabric.strategy)
-    if calibration is not None:
-        count = sum(map(length, compressor.subject.batches))
-        images = int(ranks.total(torch.tensor(count, device=device))[0])
-
-    with _appearing(output) if ranks.rank == 0 else nullcontext() as folder:
-        console.print(f"{source.title}, from {source.origin}", soft_wrap=True)
-        for line in _settings(compressor, recipes):
-            console.print(line, soft_wrap=True)
-        if source.origin == "random weights":
-            console.print("note: random weights: give --checkpoint PATH or --weights DEFAULT", soft_wrap=True)
-        if calibration is not None:
-            console.print(f"calibration: {images} images, {grid.calibration}, no labels", soft_wrap=True)
-        if ranks.size > 1:
-            console.print(f"{ranks.size} ranks, {type(fabric.strategy).__name__}", soft_wrap=True)
-        notes = list(source.notes)
+    with appearing(output) if ranks.rank == 0 else nullcontext() as folder:
+        introduce(source, about, compressor, recipes)
+        loaders, notes = source.loaders, list(source.notes)
         loader, own = source.by.loader if source.by.labelled else None, loaders.metrics(source.by, ranks, notes)
         measure = Measure(example, loader, loaders.hooks, ranks, grid.latency, loaders.keys, own)
         baseline = measure.original(network)
@@ -139,27 +117,19 @@ def run_grid(source: Source, grid: Grid, output: Path, fabric: Fabric, command: 
         for recipe in recipes:
             file = f"{recipe.method.label}_{recipe.criterion.label}_{recipe.budget.says}.ckpt"
             compressed, result = measure.compressed(compressor, recipe, file)
+            result.command = again(source, grid, recipe)
             results.append(result)
             if folder is None:
                 continue
             _save_checkpoint(folder / file, source, compressed)
             for ending in grid.export:
                 export(compressed.model, example, (folder / file).with_name(file.removesuffix("ckpt") + ending))
-        about = {"title": source.title, "model": source.name, "data": source.data_name, "origin": source.origin}
-        if calibration is not None:
-            about |= {"calibration": grid.calibration, "calibration_size": images}
-        about |= {
-            "left_alone": compressor.skipped,
-            "command": command,
-            "device": str(device),
-            "ranks": ranks.size,
-            "checkpoint_sha256": sha256(source.path),
-        }
+        odd_widths(baseline, results, network)
         if not source.by.labelled and not baseline.logged:
             notes.append("accuracy was not measured: it needs batches of inputs and class labels, and logits")
         for result in results:
             result.notes += dict.fromkeys(notes)
-        report = assemble(about, baseline, results)
+        report = assemble({**about, "command": command}, baseline, results)
         if folder is not None:
             write_files(folder, report)
 
@@ -169,8 +139,64 @@ def run_grid(source: Source, grid: Grid, output: Path, fabric: Fabric, command: 
         console.print(f"note: {note}", soft_wrap=True)
     if len(notes) > NOTES:
         console.print(f"note: {len(notes) - NOTES} more in report.html", soft_wrap=True)
+    console.print(f"again: {featured(report)['command']}", soft_wrap=True)
     console.print(f"report, plot and checkpoints: {output}/", soft_wrap=True)
     return report
+
+
+def again(source: Source, grid: Grid, recipe: Recipe) -> str:
+    """The command that gives a cell's result, from whatever the command line left to defaults and presets."""
+    words = list(grid.source)
+    if source.path is not None and "--checkpoint" not in words:
+        words = ["--checkpoint", str(source.path), *words]
+    known = preset(source.name, source.data_name)
+    return shlex.join(["python", "compress.py", *words, *recipe_words(recipe, known)])
+
+
+def started(
+    source: Source, grid: Grid, recipes: Sequence[Recipe], fabric: Fabric
+) -> tuple[nn.Module, Compressor, Ranks, dict[str, Any]]:
+    """Check the settings, launch the ranks, and read the calibration images.
+
+    Returns:
+        The network, its compressor, the ranks, and what every report says of them.
+    """
+    device, loaders = fabric.device, source.loaders
+    network, loaders.device = source.network.to(device).eval(), device
+    compressor = Compressor(network, source.example.to(device), recipes[0])
+    if not compressor.subject.sites:
+        why = next((f": {name}: {why}" for name, why in compressor.skipped.items()), "")
+        raise InputError(f"nothing in {source.name} can be compressed{why}")
+    for recipe in recipes:
+        recipe.check_images(grid.calibration)
+        recipe.budget.check(compressor.subject)
+    launch(fabric)
+    ranks, calibration = Ranks(fabric.strategy), None
+    get_console().quiet |= ranks.rank > 0
+    about = {"title": source.title, "model": source.name, "data": source.data_name, "origin": source.origin}
+    if any(recipe.looks for recipe in recipes):
+        size, seed = recipes[0].calibration_size, recipes[0].seed
+        calibration = loaders.images(grid.calibration, size, seed, ranks)
+    compressor.look_at(calibration, fabric.strategy)
+    if calibration is not None:
+        count = sum(map(length, compressor.subject.batches))
+        images = int(ranks.total(torch.tensor(count, device=device))[0])
+        about |= {"calibration": grid.calibration, "calibration_size": images}
+    about |= {"left_alone": compressor.skipped, "device": str(device), "ranks": ranks.size}
+    return network, compressor, ranks, about | {"checkpoint_sha256": sha256(source.path)}
+
+
+def introduce(source: Source, about: Mapping[str, Any], compressor: Compressor, recipes: Sequence[Recipe]) -> None:
+    """Say on the terminal what is about to be done, a line each."""
+    lines = [f"{about['title']}, from {source.origin}", *_settings(compressor, recipes)]
+    if source.origin == "random weights":
+        lines.append("note: random weights: give --checkpoint PATH or --weights DEFAULT")
+    if "calibration" in about:
+        lines.append(f"calibration: {about['calibration_size']} images, {about['calibration']}, no labels")
+    if about["ranks"] > 1:
+        lines.append(f"{about['ranks']} ranks, {type(compressor.subject.ranks.strategy).__name__}")
+    for line in lines:
+        get_console().print(line, soft_wrap=True)
 
 
 def _settings(compressor: Compressor, recipes: Sequence[Recipe]) -> Iterator[str]:
@@ -197,7 +223,7 @@ def _save_checkpoint(path: Path, source: Source, compressed: CompressionResult) 
 
 
 @contextmanager
-def _appearing(output: Path) -> Iterator[Path]:
+def appearing(output: Path) -> Iterator[Path]:
     """A hidden folder to write to, which becomes `output` when the block ends well and vanishes when it does not.
 
     What killed runs have left beside it is swept.
@@ -235,10 +261,11 @@ def _appearing(output: Path) -> Iterator[Path]:
 
 
 def _written_before(output: Path) -> list[Path]:
-    """The checkpoints that the folder's last report tells of."""
+    """The checkpoints that the folder's last report tells of, and the files that not every report has."""
     try:
-        rows = json.loads((output / "report.json").read_text())["results"]
+        rows = json.loads((output / "report.json").read_text()).get("results", [])
         stems = [Path(row["checkpoint"]).name.removesuffix("ckpt") for row in rows]
-        return [output / f"{stem}{ending}" for stem in stems for ending in ("ckpt", *FORMATS)]
+        files = [f"{stem}{ending}" for stem in stems for ending in ("ckpt", *FORMATS)]
+        return [output / name for name in (*files, *SOME)]
     except (OSError, ValueError, KeyError, TypeError):
         return []

@@ -1,5 +1,8 @@
 """What a compression did: one row for each site, and the layers left alone."""
 
+import re
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
 
@@ -52,7 +55,8 @@ class Report:
     @property
     def notes(self) -> list[str]:
         """The sentences that a reader of the result should see."""
-        notes = [*self.remarks, *(f"{site.name}: {site.note}" for site in self.sites if site.note)]
+        noted = by_reason({site.name: site.note for site in self.sites if site.note})
+        notes = [*self.remarks, *(f"{several(names)}: {note}" for names, note in noted)]
         negative = sum(site.negative for site in self.sites)
         if negative:
             notes.append(f"{negative} negative scaling entries kept, as published")
@@ -68,4 +72,28 @@ class Report:
         for site in self.sites:
             note = f" ({site.note})" if site.note else ""
             rows.append(f"{site.name:32} {site.before:7} {site.after:7} {site.merged:7}  {site.method}{note}")
-        return "\n".join(rows + [f"{name:32} left alone: {reason}" for name, reason in self.skipped.items()])
+        return "\n".join(rows + [f"{several(names):32} left alone: {why}" for names, why in by_reason(self.skipped)])
+
+
+def by_reason(reasons: Mapping[str, str]) -> list[tuple[list[str], str]]:
+    """Layers that share a reason; those that differ in no more than the layers they name count as one.
+
+    >>> by_reason({"a": "read by c", "b": "added to d", "c": "read by a", "d": "added to b", "e": "it is the end"})
+    [(['a', 'c'], 'read by others'), (['b', 'd'], 'added to others'), (['e'], 'it is the end')]
+    """
+    name = "|".join(map(re.escape, sorted(reasons, key=len, reverse=True)))
+    listed = re.compile(rf"(?<![\w.])(?:{name})(?:, (?:{name}|\.\.\.))*(?![\w.]|\.\w)" if name else "(?!)")
+    groups: dict[str, list[str]] = defaultdict(list)
+    for layer, reason in reasons.items():
+        groups[listed.sub("others", reason)].append(layer)
+    alike = {text: {reasons[layer] for layer in layers} for text, layers in groups.items()}
+    return [(layers, alike[text].pop() if len(alike[text]) == 1 else text) for text, layers in groups.items()]
+
+
+def several(names: list[str], shown: int = 3) -> str:
+    """The first names, and how many there are.
+
+    >>> several(["a"]), several(["a", "b", "c", "d"])
+    ('a', 'a, b, c, ... (4)')
+    """
+    return ", ".join(names[:shown]) + (f", ... ({len(names)})" if len(names) > shown else "")

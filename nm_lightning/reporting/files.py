@@ -4,8 +4,8 @@ import csv
 import json
 from pathlib import Path
 
+from nm_lightning.reporting import page
 from nm_lightning.reporting.chart import png
-from nm_lightning.reporting.page import html, markdown
 
 COLUMNS = ("method", "criterion", "ratio", "removed", "accuracy", "parameters", "macs", "seconds", "checkpoint")
 
@@ -23,11 +23,12 @@ def write_files(folder: Path, report: dict) -> None:
 
 def write_report(stem: Path, report: dict) -> None:
     """Write `<stem>.html`, `<stem>.md` and `<stem>.json`, each by rename."""
-    for ending, text in (
-        (".html", html(report)),
-        (".md", markdown(report)),
-        (".json", json.dumps(report, indent=2) + "\n"),
-    ):
+    write_texts(stem, report, page.html(report), page.markdown(report))
+
+
+def write_texts(stem: Path, report: dict, html: str, markdown: str) -> None:
+    """Write a report's page, its Markdown and itself, each by rename."""
+    for ending, text in ((".html", html), (".md", markdown), (".json", json.dumps(report, indent=2) + "\n")):
         draft = stem.with_name(f".{stem.name}{ending}")
         draft.write_text(text, encoding="utf-8", errors="backslashreplace")
         draft.replace(stem.with_name(stem.name + ending))

@@ -16,10 +16,14 @@ ONE_POINT = 0.01  # of accuracy: what a compression may cost before it is a trad
 
 def assemble(about: dict, baseline: Baseline, results: Sequence[Result]) -> dict:
     """All of it as plain dictionaries and lists, which is what report.json holds."""
-    installed = {entry.name for entry in importlib.metadata.distributions()}
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES if name in installed}
     rows = [asdict(result) for result in results]
-    return {**about, "versions": versions, "baseline": asdict(baseline), "results": rows}
+    return {**about, "versions": installed(), "baseline": asdict(baseline), "results": rows}
+
+
+def installed() -> dict[str, str]:
+    """The versions of the packages that matter."""
+    found = {entry.name for entry in importlib.metadata.distributions()}
+    return {name: importlib.metadata.version(name) for name in PACKAGES if name in found}
 
 
 def featured(report: dict) -> dict:

@@ -131,7 +131,7 @@ def test_a_target_instead_of_a_ratio(workplace, tmp_path):
     compress.main([*flags, "--output", str(tmp_path / "out")])
     content = report(tmp_path / "out")
     for row in content["results"]:
-        assert row["recipe"]["budget"] == {"name": "macs", "share": 0.4}
+        assert row["recipe"]["budget"] == {"name": "macs", "share": 0.4, "round_to": 1}
         assert 0.35 < row["macs"] / content["baseline"]["macs"] <= 0.4
         assert row["checkpoint"] == f"{row['method']}_output_macs0.4.ckpt"
 
@@ -239,6 +239,7 @@ def test_imagenet_for_real(real_data, tmp_path):
         (["--method", "reconstruct", "--calibration_size", "0"], "calibration_size 0"),
         (["--method", "reconstruct", "--criterion", "output", "--calibration", "synthetic"], "by synthetic images"),
         (["--finetune", "-1"], "finetune -1"),
+        (["--round_to", "0"], "round_to 0"),
         (["--target_macs", "2"], "target_macs 2.0"),
         (["--target_macs", "0.5", "--ratio", "0.5"], "not both"),
         (["--target_parameters", "0.001"], "can't bring the network below"),
@@ -354,7 +355,7 @@ def one_line(output, capsys, *flags):
 
 
 def test_two_runs_into_one_folder(workplace, tmp_path, capsys):
-    with grid._appearing(tmp_path / "out") as held:
+    with grid.appearing(tmp_path / "out") as held:
         assert "out' is being written by another run" in one_line(tmp_path / "out", capsys)
         compress.main(["--ratio", "0.5", "--output", str(tmp_path / "out.2"), "--quiet"])  # another folder
         (held / "report.json").write_text("{}")

@@ -41,6 +41,7 @@ LOOSE_AND_OBJECTS = [
     ({}, Recipe()),
     ({"method": "merge", "criterion": "l1-norm", "ratio": 0.25, "threshold": None}, None),
     ({"method": "merge", "formulation": "consistent", "lamda": 0.5, "implementation": "reference"}, None),
+    ({"method": "prune", "ratio": 0.4, "round_to": 4}, Recipe(Prune(), budget=Ratio(0.4, round_to=4))),
     ({"method": "prune", "widths": [3, 4]}, Recipe(Prune(), budget=Widths([3, 4]))),
     ({"method": "fold", "widths": {"0": 3}, "seed": 3}, None),
     (

@@ -4,12 +4,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
+from math import gcd, lcm
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from nm_lightning.compression.selection.output_aware import costs_of, watched
-from nm_lightning.compression.settings import Budget, Values, is_number, setting
+from nm_lightning.compression.settings import Budget, Values, is_number, setting, whole
 from nm_lightning.compression.statistics.subject import Subject
 from nm_lightning.compression.structure.copies import plain_copy, without_data
 from nm_lightning.compression.structure.cost import cost
@@ -17,6 +19,8 @@ from nm_lightning.compression.structure.inputs import Inputs, first, to
 from nm_lightning.compression.structure.plan import apply_plan, plan_sites
 from nm_lightning.compression.structure.sites import Site
 from nm_lightning.errors import InputError
+
+T = TypeVar("T")
 
 
 def floor(neurons: int, ratio: float) -> int:
@@ -49,6 +53,9 @@ ROUNDING = Values(allow=lambda each: callable(each) or each in ROUNDINGS, choice
 SHARE = Values("the share that may stay, a number between 0 and 1", lambda share: is_number(share) and 0 < share < 1)
 _ratio = partial(setting, 0.5, "share of each site's neurons to remove", RATIO, auto=True)
 _rounding = partial(setting, "floor", f"of the survivors' number: {', '.join(ROUNDINGS)}", ROUNDING, auto=True)
+_round_to = partial(
+    setting, 1, "survivors' channels to the nearest multiple of it, 8 runs fast; widths stay as given", whole(1)
+)
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,7 @@ class Ratio(Budget):
     name = "ratio"
     ratio: float = _ratio()
     rounding: str | Callable[[int, float], int] = _rounding()
+    round_to: int = _round_to()
 
     @property
     def share_removed(self) -> float:
@@ -65,10 +73,10 @@ class Ratio(Budget):
         return self.ratio
 
     def counts(self, subject: Subject) -> dict[str, int]:
-        """At least one survivor, and a multiple of the site's step."""
+        """At least one survivor, and a multiple of the site's step and of `round_to`."""
         rounded = self.rounding if callable(self.rounding) else ROUNDINGS[self.rounding]
         counts = {site.name: rounded(site.width, self.ratio) if self.ratio else site.width for site in subject.sites}
-        counts = {site.name: max(site.step, counts[site.name] // site.step * site.step) for site in subject.sites}
+        counts = {site.name: multiple(site, counts[site.name], self.round_to) for site in subject.sites}
         check_counts(subject.sites, counts)
         return counts
 
@@ -83,6 +91,7 @@ class Widths(Budget):
     )
     ratio: float = _ratio()
     rounding: str | Callable[[int, float], int] = _rounding()
+    round_to: int = _round_to()
 
     @property
     def share_removed(self) -> float | None:
@@ -95,7 +104,7 @@ class Widths(Budget):
         Raises:
             InputError: they don't fit the sites.
         """
-        sites, counts = subject.sites, Ratio(self.ratio, self.rounding).counts(subject)
+        sites, counts = subject.sites, Ratio(self.ratio, self.rounding, self.round_to).counts(subject)
         if isinstance(self.widths, Mapping):
             unknown = [name for name in self.widths if name not in counts]
             if unknown:
@@ -132,14 +141,8 @@ class Target(Budget):
         self._cut(subject, {site.name: torch.zeros(site.width - site.step) for site in subject.sites})
 
     def _cut(self, subject: Subject, costs: Mapping[str, Tensor]) -> dict[str, int]:
-        sites, hollow = subject.sites, without_data(subject.model).eval()
-
-        def size(widths: Mapping[str, int]) -> int:
-            keeps = {site.name: site.survivors(torch.zeros(site.width), widths[site.name]) for site in sites}
-            narrow = apply_plan(plain_copy(hollow)[0], plan_sites(sites, keeps))
-            return self.measured(narrow, to(first(subject.example, 1), "meta"))
-
-        return share_cut(sites, costs, size, self.share)
+        size = sized(subject, self.measured)
+        return share_cut(subject.sites, costs, size, self.share, self.round_to)
 
 
 @dataclass(frozen=True)
@@ -154,6 +157,7 @@ class Parameters(Target):
         flag="target_parameters",
         off=None,
     )
+    round_to: int = _round_to()
 
     @staticmethod
     def measured(network: nn.Module, example: Inputs) -> int:
@@ -167,11 +171,23 @@ class Macs(Target):
 
     name = "macs"
     share: float = setting(0.5, "likewise, of the multiply-accumulates", SHARE, flag="target_macs", off=None)
+    round_to: int = _round_to()
 
     @staticmethod
     def measured(network: nn.Module, example: Inputs) -> int:
         """The multiply-accumulates of one image."""
         return cost(network, example).macs
+
+
+def sized(subject: Subject, measured: Callable[[nn.Module, Inputs], T]) -> Callable[[Mapping[str, int]], T]:
+    """What `measured` says of the network at given widths, found without its data."""
+    sites, hollow, example = subject.sites, without_data(subject.model).eval(), to(first(subject.example, 1), "meta")
+
+    def size(widths: Mapping[str, int]) -> T:
+        keeps = {site.name: site.survivors(torch.zeros(site.width), widths[site.name]) for site in sites}
+        return measured(apply_plan(plain_copy(hollow)[0], plan_sites(sites, keeps)), example)
+
+    return size
 
 
 def choose(sites: Sequence[Site], patterns: str | Sequence[str] | None) -> list[Site]:
@@ -199,11 +215,26 @@ def check_counts(sites: Sequence[Site], counts: Mapping[str, int]) -> None:
             raise InputError(f"width {count} for {site.name}: its groups ask for a multiple of {site.step}")
 
 
+def multiple(site: Site, count: int, round_to: int = 1) -> int:
+    """The survivors nearest to `count`, more of two, with which the site's layer has a multiple of `round_to` channels.
+
+    Its groups' quota holds, at least one multiple stays, and a site that keeps all, or has too few, stays whole. With
+    `round_to` 1, `count` rounded down to the quota.
+    """
+    if round_to == 1 or count == site.width:
+        return max(site.step, count // site.step * site.step)
+    first = site.producers[0]
+    channels = first.positions().shape[1] if first.even(site.width) else 1  # of one neuron; a head has several
+    quota = lcm(site.step, round_to // gcd(round_to, channels))
+    return min(site.width, max(quota, (2 * count + quota) // (2 * quota) * quota))
+
+
 def share_cut(
     sites: Sequence[Site],
     costs: Mapping[str, Tensor],
     size: Callable[[Mapping[str, int]], int],
     target: float,
+    round_to: int = 1,
 ) -> dict[str, int]:
     """Widths that bring a network to a share of its size where it costs least.
 
@@ -215,6 +246,7 @@ def share_cut(
         costs: by site, what each further removal costs, `(n - step,)`; a cheaper one behind a dearer one costs as much.
         size: of a network with given widths.
         target: share of the size that may stay, in (0, 1).
+        round_to: see `multiple`.
 
     Returns:
         The largest widths found that meet the target.
@@ -228,16 +260,17 @@ def share_cut(
         if site.name in costs:
             saved = (whole - size(full | {site.name: site.step})) / max(1, site.width - site.step)  # by one neuron
             prices[site.name] = costs[site.name].cummax(dim=0).values / max(saved, 1e-9)
-    steps = {site.name: site.step for site in sites}
 
     def widths(price: float) -> dict[str, int]:
-        cut = {name: int((each <= price).sum()) // steps[name] * steps[name] for name, each in prices.items()}
-        return full | {name: full[name] - count for name, count in cut.items()}
+        cut = {name: int((each <= price).sum()) for name, each in prices.items()}
+        cut = {site.name: cut.get(site.name, 0) // site.step * site.step for site in sites}
+        return {site.name: multiple(site, site.width - cut[site.name], round_to) for site in sites}
 
     every = torch.cat([torch.zeros(1, dtype=torch.double), *prices.values()]).unique()
     if size(widths(float(every[-1]))) > target * whole:
         least = size(widths(float(every[-1]))) / whole
-        raise InputError(f"target {target}: the sites can't bring the network below {least:.3f} of its size")
+        by = f" by multiples of {round_to}" if round_to > 1 else ""
+        raise InputError(f"target {target}: the sites can't bring the network below {least:.3f} of its size{by}")
     low, high = 0, len(every) - 1
     while low < high:
         middle = (low + high) // 2

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from nm_lightning import InputError, compress
+from nm_lightning import InputError, compress, trace
 from nm_lightning.compression import cost
-from tests.networks import Residual, conv, images, lively
+from nm_lightning.compression.selection.budgets import multiple
+from tests.networks import Attention, Residual, conv, images, lively, random_network
 
 IMAGE = (2, 3, 8, 8)
 
@@ -43,8 +44,57 @@ def test_bad_targets_are_one_line():
         ({"target_macs": 0.5, "target_parameters": 0.5}, "one of"),
         ({"target_macs": 0.5, "widths": [8, 8]}, "one of"),
         ({"target_parameters": 0.01}, "can't bring"),
+        ({"target_macs": 0.4, "round_to": 16}, "can't bring .* by multiples of 16"),
+        ({"round_to": 0}, "round_to 0: give a whole number from 1"),
     ):
         with pytest.raises(InputError, match=says):
             compress(model, x[:1], "prune", calibration=x, **settings)
     with pytest.raises(InputError, match="target_macs looks at images"):
         compress(model, x[:1], "prune", target_macs=0.5)
+
+
+def test_round_to_is_the_nearest_multiple_within_the_site():
+    """Of 20 channels: at least one multiple, the nearer, the larger of two, and never more than there are."""
+    (site,) = trace(nn.Sequential(conv(3, 20), nn.ReLU(), conv(20, 5)), torch.zeros(IMAGE)).sites
+    wanted = {0: 8, 1: 8, 8: 8, 11: 8, 12: 16, 19: 16, 20: 20}
+    assert {count: multiple(site, count, 8) for count in wanted} == wanted
+    assert multiple(site, 7, 64) == 20, "no multiple fits"
+    assert [multiple(site, count) for count in (1, 7, 20)] == [1, 7, 20]
+
+
+def test_round_to_holds_the_quota_of_groups_and_counts_the_channels_of_heads():
+    (grouped,) = trace(nn.Sequential(conv(3, 48), nn.ReLU(), conv(48, 6, groups=3)), torch.zeros(IMAGE)).sites
+    assert (grouped.step, multiple(grouped, 20, 8), multiple(grouped, 40, 8)) == (3, 24, 48)
+    (heads,) = trace(Attention(24, 6, 4, True), torch.zeros(1, 5, 24)).sites
+    assert [multiple(heads, count, 8) for count in (1, 3, 5)] == [2, 4, 6]
+    assert compress(Attention(24, 6, 4, True), torch.zeros(1, 5, 24), "prune", round_to=8, ratio=0.5).model.heads == 4
+
+
+@pytest.mark.parametrize("scope", ["hidden", "all"])
+@pytest.mark.parametrize("ratio", [0.0, 0.3, 0.99])
+def test_all_widths_are_multiples_and_nothing_removed_stays_nothing(ratio, scope):
+    model, x = random_network("resnet20", 10, (3, 16, 16)), torch.randn(4, 3, 16, 16)
+    result = compress(model, x[:1], "merge", ratio=ratio, round_to=8, scope=scope)
+    assert all(width % 8 == 0 for width in result.report.widths.values())
+    assert {len(keep) for keep in result.keep.values()} == set(result.report.widths.values())
+    if not ratio:
+        assert torch.equal(model(x), result.model(x))
+        for name, value in model.state_dict().items():
+            assert torch.equal(value, result.model.state_dict()[name])
+
+
+def test_widths_that_are_named_stay_as_given():
+    result = compress(nn.Sequential(conv(3, 16), nn.ReLU(), conv(16, 16), nn.ReLU(), conv(16, 2)), torch.zeros(IMAGE),
+                      widths={"0": 5}, ratio=0.4, round_to=8)  # fmt: skip
+    assert result.report.widths == {"0": 5, "2": 8}
+
+
+@pytest.mark.parametrize("what", ["parameters", "macs"])
+@pytest.mark.parametrize("share", [0.45, 0.8])
+def test_a_target_is_met_with_multiples(what, share):
+    model = lively(Residual())
+    x = images(128)
+    result = compress(model, x[:1], "prune", calibration=x, round_to=4, **{f"target_{what}": share})
+    before, after = (getattr(cost(network, x[:1]), what) for network in (model, result.model))
+    assert share - 0.25 < after / before <= share
+    assert all(width % 4 == 0 for width in result.report.widths.values())
