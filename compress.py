@@ -43,7 +43,7 @@ def parser_of_flags() -> argparse.ArgumentParser:
     parser.add_argument(
         "--calibration", default="data", help="unlabelled images: data (training images), synthetic, or a folder (data)"
     )
-    parser.add_argument("--checkpoint", help="Lightning checkpoint or state dict (the newest best.ckpt under runs/)")
+    parser.add_argument("--checkpoint", help="file, or a name in checkpoints/ (the newest best.ckpt under runs/)")
     parser.add_argument("--model", help="network, where the checkpoint does not say, such as resnet56")
     parser.add_argument("--data", help="digits, fashion_mnist, cifar10, cifar100, imagenet or folder, likewise")
     parser.add_argument("--data_dir", help="where the images are (data)")

@@ -6,14 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
-from nm_lightning.compression.files.checkpoint import load_weights, read
+from nm_lightning.compression.files.checkpoint import load_weights, read, sha256
 from nm_lightning.compression.files.inert import Inert
 from nm_lightning.data import ImageData, build_data
 from nm_lightning.errors import InputError
 from nm_lightning.modules import ImageClassifier
 
 RUNS = Path("runs")
+CHECKPOINTS = Path(__file__).parents[2] / "checkpoints"  # the repository's own, by name
 WEIGHTS = ("state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict", "net")  # as timm: averages first
 PREFIXES = ("module.", "model.")  # of DataParallel, and of a network in a LightningModule
 
@@ -41,8 +43,8 @@ def open_source(
     """Find the network and its data from what the command line says and the checkpoint knows.
 
     Args:
-        checkpoint: a Lightning checkpoint, a file with one of `WEIGHTS` or a bare state dict; None for the newest
-            `best.ckpt` of a training run that fits `model` and `data`.
+        checkpoint: a Lightning checkpoint, a file with one of `WEIGHTS` or a bare state dict, or the name of one in
+            `CHECKPOINTS`; None for the newest `best.ckpt` of a training run that fits `model` and `data`.
         model: a registered model's name, where the checkpoint does not say.
         data: a registered data set's name, where the checkpoint does not say.
         data_dir: where the images are; None for the checkpoint's folder, or `data`.
@@ -54,7 +56,8 @@ def open_source(
     """
     if weights and not (model or "").startswith("torchvision/"):
         raise InputError(f"weights {weights!r} are torchvision's: give --model torchvision/<name> with them")
-    found = (Path(checkpoint), read(checkpoint)) if checkpoint else None
+    path = located(checkpoint) if checkpoint else None
+    found = (path, read(path)) if path else None
     if found is None and weights is None:
         found = _newest_run(model, data)
     path, content = found or (None, {})
@@ -91,6 +94,24 @@ def open_source(
         return Source(module, images, f"torchvision's {weights}" if weights else "random weights")
     load_weights(module.model, _state_dict(content, path, module.model.state_dict()), path)
     return Source(module, images, str(path), path)
+
+
+def located(checkpoint: str) -> Path:
+    """The file of a checkpoint: a path, or the name of one in `CHECKPOINTS`.
+
+    Raises:
+        InputError: a file of that name is not the one that was recorded.
+    """
+    path, index = Path(checkpoint), CHECKPOINTS / "index.yaml"
+    known = yaml.safe_load(index.read_text()) if index.is_file() else {}
+    if path.exists() or path.suffix or len(path.parts) > 1 or not known:
+        return path
+    if checkpoint not in known:
+        raise InputError(f"checkpoint {checkpoint!r} does not exist: give a file, or one of {', '.join(known)}")
+    own = CHECKPOINTS / f"{checkpoint}.ckpt"
+    if sha256(own) != known[checkpoint]["sha256"]:
+        raise InputError(f"checkpoint {str(own)!r} is missing or not as recorded: its SHA-256 is another")
+    return own
 
 
 def _newest_run(model: str | None, data: str | None) -> tuple[Path, dict[str, Any]] | None:
