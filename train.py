@@ -12,15 +12,17 @@ from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.utilities import rank_zero_only
 
 from nm_lightning.cli.errors import fail, one_line_errors
+from nm_lightning.cli.start import Start
 from nm_lightning.compression.files.checkpoint import check_weights, read
 from nm_lightning.data import build_data
 from nm_lightning.errors import InputError
 from nm_lightning.modules import ImageClassifier
+from nm_lightning.presets import CONFIGS
 from nm_lightning.reporting.weights_and_biases import offline_without_account
 
 RUNS = Path("runs")
 QUIET = ("Checkpoint directory", ".*treespec, LeafSpec", "The number of training batches", ".*flops_per_batch")
-DEFAULT_CONFIG = Path(__file__).parent / "configs" / "lenet_300_100_fashion_mnist.yaml"
+DEFAULT_CONFIG = CONFIGS / "lenet_300_100_fashion_mnist.yaml"
 
 
 class OneLineLightningParser(LightningArgumentParser):
@@ -36,8 +38,10 @@ def run_folder(experiment: str | None, model: str, data: str) -> str:
     return str(RUNS / (experiment or f"{model.replace('/', '_')}_{data}"))
 
 
-def pretrained_transforms(model: str, weights: str | None) -> str | None:
-    """What the data module needs to know of pretrained weights."""
+def pretrained_transforms(model: str, weights: str | None, start: str | None) -> str | None:
+    """What the data module needs to know of pretrained weights, or of those that a checkpoint was trained from."""
+    if weights is None and start is not None:
+        return Start.at(start).data.get("transforms_of")
     return f"{model}:{weights}" if weights else None
 
 
@@ -78,9 +82,21 @@ class TrainCLI(LightningCLI):
         parser.add_argument("-c", "--config", action="config", help="a YAML file of these options")
         return parser
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: list[str] | None) -> None:
+        """What is started from says network and data, and `configs/finetune.yaml` the rest, where nothing else does."""
+        super().parse_arguments(parser, args)
+        self.start = Start.at(self.config["from"]) if self.config["from"] else None
+        if self.start is not None:
+            parser.default_config_files = [str(CONFIGS / "finetune.yaml")]
+            parser.set_defaults(self.start.defaults())
+            super().parse_arguments(parser, args)
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Our own two options, and what is known from others."""
+        """Our own options, and what is known from others."""
         parser.add_argument("--experiment", type=str | None, help="name of the run's folder (<model>_<data>)")
+        parser.add_argument(
+            "--from", type=str | None, help="checkpoint to start from, compressed or not: its network, weights and data"
+        )
         parser.add_argument("--ckpt_path", type=str | None, help="checkpoint to resume from, such as runs/x/last.ckpt")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.set_defaults(
@@ -93,7 +109,7 @@ class TrainCLI(LightningCLI):
             }
         )
         parser.link_arguments(("experiment", "model.name", "data.name"), "checkpoint.dirpath", run_folder)
-        parser.link_arguments(("model.name", "model.weights"), "data.transforms_of", pretrained_transforms)
+        parser.link_arguments(("model.name", "model.weights", "from"), "data.transforms_of", pretrained_transforms)
         parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
         parser.link_arguments("data.input_shape", "model.input_shape", apply_on="instantiate")
 
@@ -117,6 +133,7 @@ def check_resumable(ckpt_path: str, module: ImageClassifier) -> None:
     checkpoint = read(ckpt_path)
     if "optimizer_states" not in checkpoint:
         raise InputError(f"ckpt_path {ckpt_path!r} holds no state of a training run: give a run's last.ckpt")
+    module.on_load_checkpoint(checkpoint)  # one that was trained on after a compression is narrow
     check_weights(module, checkpoint["state_dict"], ckpt_path)
 
 
@@ -136,6 +153,8 @@ def main(arguments: list[str] | None = None) -> None:
             save_config_kwargs={"save_to_log_dir": False},
             parser_kwargs={"default_config_files": [str(DEFAULT_CONFIG)]},
         )
+        if cli.start is not None:
+            cli.start.fill(cli.model)
         ckpt_path = cli.config["ckpt_path"]
         if ckpt_path:
             check_resumable(ckpt_path, cli.model)

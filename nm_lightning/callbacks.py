@@ -1,13 +1,12 @@
 """The Lightning side of compression: a callback that compresses when training ends, and logs what it cost."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from math import nan
 from pathlib import Path
 from typing import Any
 
 import torch
-from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
+from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
@@ -33,13 +32,14 @@ from nm_lightning.compression.structure.plan import Plan, apply_plan, compose, l
 from nm_lightning.compression.structure.unread import hanging
 from nm_lightning.data import ImageData
 from nm_lightning.errors import InputError, first_line
+from nm_lightning.loaders import TrainingInputs, first_of, hooks_of, in_stage, loaders, only
 from nm_lightning.measure import Baseline, Measure, Result, as_read, dealt, on_device
 from nm_lightning.modules import ImageClassifier
 from nm_lightning.presets import filled
 from nm_lightning.reporting.files import write_report
 from nm_lightning.reporting.results import assemble, percent
 from nm_lightning.reporting.weights_and_biases import log_compression, summary, warn_instead
-from nm_lightning.steps import first_batch, logged, reads_of_training
+from nm_lightning.steps import logged, reads_of_training
 
 SHARDED = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)  # no rank has the whole network
 
@@ -129,16 +129,16 @@ class NeuronMergeCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Trace, plan, and look at a batch: a refusal comes now."""
         self.whole = None
-        with _stage(trainer, RunningStage.VALIDATING):
+        with in_stage(trainer, RunningStage.VALIDATING):
             original = _own(pl_module)
-            batch = _first(trainer, pl_module, trainer.train_dataloader)
+            batch = first_of(trainer, pl_module, trainer.train_dataloader)
             inputs, _ = inputs_and_labels(batch, *self.keys)
             if batch is not None or isinstance(original.example_input_array, Tensor):
                 self.whole = self._rehearse(trainer, original, _example(original, inputs), batch)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compress; the Trainer has torn its loops down, its loggers are still open."""
-        with _stage(trainer, RunningStage.TESTING):  # data modules augment while they train
+        with in_stage(trainer, RunningStage.TESTING):  # data modules augment while they train
             self._compress(trainer, pl_module)
 
     def _rehearse(self, trainer: Trainer, original: LightningModule, example: Tensor, batch: Any) -> dict[str, str]:
@@ -208,7 +208,7 @@ class NeuronMergeCallback(Callback):
         elif isinstance(calibration, Tensor):
             images = calibration[: recipe.calibration_size]
             calibration = share(images, batch_length(images.shape[1:]), ranks)
-        hooks = _hooks(trainer, pl_module)
+        hooks = hooks_of(trainer, pl_module)
 
         def own(model: LightningModule) -> dict[str, float]:
             if labelled or not stage:
@@ -220,7 +220,8 @@ class NeuronMergeCallback(Callback):
                 return {}
 
         measure = Measure(example, loader if labelled else None, hooks, ranks, keys=self.keys, own=own)
-        compressor = Compressor(original, example, recipe, calibration, trainer.strategy, self.whole)
+        training = TrainingInputs(trainer, pl_module, self.keys) if recipe.trains else None
+        compressor = Compressor(original, example, recipe, calibration, trainer.strategy, self.whole, training)
         before = measure.original(original)
         self.result, row = measure.compressed(compressor, recipe, self.filename)
         more, hparams = {}, {"hyper_parameters": pl_module.hparams}
@@ -268,8 +269,8 @@ class NeuronMergeCallback(Callback):
             told. Where it can't, the first loader with a step, or any.
         """
         found = []
-        for stage, loader in _loaders(trainer):
-            batch = _first(trainer, pl_module, loader)
+        for stage, loader in loaders(trainer):
+            batch = first_of(trainer, pl_module, loader)
             inputs, labels = inputs_and_labels(batch, *self.keys)
             stage = stage if is_overridden(f"{stage}_step", original, LightningModule) and stage != "train" else ""
             if isinstance(inputs, Tensor):
@@ -291,7 +292,7 @@ class NeuronMergeCallback(Callback):
             return data.calibration_images("data", size, ranks=ranks).to(device)
         parts, count = [], 0
         size = -(-size // ranks.size)
-        for batch in on_device(_only(trainer.train_dataloader), _hooks(trainer, pl_module), device):
+        for batch in on_device(only(trainer.train_dataloader), hooks_of(trainer, pl_module), device):
             inputs, _ = inputs_and_labels(batch, *self.keys)
             if not isinstance(inputs, Tensor):
                 raise InputError(
@@ -376,56 +377,6 @@ def _load_best(module: LightningModule, path: str) -> list[str]:
     except Exception as error:  # a file that has gone, or whatever the user's hook raises
         return [f"the weights are those at the end of training: {Path(path).name} can't be loaded: {first_line(error)}"]
     return []
-
-
-@contextmanager
-def _stage(trainer: Trainer, stage: RunningStage) -> Iterator[None]:
-    """The Trainer says that it is in another stage."""
-    before, trainer.state.stage = trainer.state.stage, stage
-    try:
-        yield
-    finally:
-        trainer.state.stage = before
-
-
-def _only(loader: Any) -> Any:
-    """The first of several loaders."""
-    while isinstance(loader, (list, tuple, Mapping)):
-        loader = next(iter(loader.values() if isinstance(loader, Mapping) else loader), None)
-    return loader
-
-
-def _loaders(trainer: Trainer) -> Iterator[tuple[str, Any]]:
-    """Those of test, validation and training data, as far as there are any, each with the name of its step."""
-    data = trainer.datamodule
-    if data is not None and is_overridden("test_dataloader", data, LightningDataModule):
-        try:
-            data.setup("test")
-            yield "test", _only(data.test_dataloader())
-        except Exception as error:  # a test set that is not there; there are others
-            rank_zero_warn(f"NeuronMergeCallback: no test data, as {type(data).__name__} says: {first_line(error)}")
-    if data is not None and is_overridden("val_dataloader", data, LightningDataModule):
-        data.setup("validate")
-        yield "validation", _only(data.val_dataloader())
-    elif trainer.val_dataloaders is not None:
-        yield "validation", _only(trainer.val_dataloaders)
-    if trainer.train_dataloader is not None:
-        yield "train", _only(trainer.train_dataloader)
-
-
-def _hooks(trainer: Trainer, module: LightningModule) -> Any:
-    """Whose batch hooks apply: the data module's where it has any, else the module's."""
-    data = trainer.datamodule
-    names = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
-    own = data is not None and any(is_overridden(name, data, LightningDataModule) for name in names)
-    return data if own else module
-
-
-def _first(trainer: Trainer, module: LightningModule, loader: Any) -> Any:
-    """A loader's first batch on the device; None where it can't be had."""
-    batch = first_batch(_only(loader))
-    device = trainer.strategy.root_device
-    return None if batch is None else next(on_device([batch], _hooks(trainer, module), device))
 
 
 def _example(module: LightningModule, inputs: Any) -> Tensor:

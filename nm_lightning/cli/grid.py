@@ -23,6 +23,7 @@ from nm_lightning.compression.files.export import FORMATS, check_format, export
 from nm_lightning.compression.files.partial import alone, hold, reason, sweep
 from nm_lightning.compression.statistics.ranks import Ranks
 from nm_lightning.compression.structure.plan import compose, prefixed
+from nm_lightning.data import TrainingImages
 from nm_lightning.errors import InputError
 from nm_lightning.measure import Measure, Result
 from nm_lightning.presets import filled
@@ -115,7 +116,8 @@ def run_grid(source: Source, grid: Grid, output: Path, fabric: Fabric, command: 
         size, seed = recipes[0].calibration_size, recipes[0].seed
         calibration = data.calibration_images(grid.calibration, size, seed, ranks)
         images = int(ranks.total(torch.tensor(len(calibration), device=device))[0])
-    compressor.look_at(calibration, fabric.strategy)
+    training = TrainingImages(data, device, ranks) if any(recipe.trains for recipe in recipes) else None
+    compressor.look_at(calibration, fabric.strategy, training)
 
     with _appearing(output) if ranks.rank == 0 else nullcontext() as folder:
         console.print(f"{name} on {data_name}, from {source.origin}", soft_wrap=True)

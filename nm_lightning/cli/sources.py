@@ -61,7 +61,10 @@ def open_source(
     if found is None and weights is None:
         found = _newest_run(model, data)
     path, content = found or (None, {})
-    known, settings = _known(content, "hyper_parameters"), _known(content, "datamodule_hyper_parameters")
+    known, settings = (
+        known_settings(content, "hyper_parameters"),
+        known_settings(content, "datamodule_hyper_parameters"),
+    )
     name, data = model or known.get("name"), data or settings.get("name")
     if found is None and name is None:
         raise InputError(f"no training run under {RUNS}/: run train.py first, or give --checkpoint PATH")
@@ -117,8 +120,8 @@ def located(checkpoint: str) -> Path:
 def _newest_run(model: str | None, data: str | None) -> tuple[Path, dict[str, Any]] | None:
     for path in _runs():
         content = read(path)
-        name = _known(content, "hyper_parameters").get("name")
-        trained_on = _known(content, "datamodule_hyper_parameters").get("name")
+        name = known_settings(content, "hyper_parameters").get("name")
+        trained_on = known_settings(content, "datamodule_hyper_parameters").get("name")
         if model in (None, name) and data in (None, trained_on):
             return path, content
     return None
@@ -152,7 +155,7 @@ def _state_dict(content: dict[str, Any], path: Path, wanted: Collection[str]) ->
     return state
 
 
-def _known(content: dict[str, Any], entry: str) -> dict[str, Any]:
+def known_settings(content: dict[str, Any], entry: str) -> dict[str, Any]:
     """The hyper-parameters that a checkpoint has under a name; none where they are no plain dictionary."""
     found = content.get(entry)
     return found if isinstance(found, dict) else {}

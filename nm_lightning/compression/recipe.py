@@ -106,6 +106,11 @@ class Recipe:
         parts = [self.method, self.criterion, *self.then, self.budget]
         return next((part.title for part in parts if part.looks), "")
 
+    @property
+    def trains(self) -> bool:
+        """Whether it takes all training images."""
+        return any(part.trains for part in self.then)
+
     def check_images(self, calibration: Any) -> None:
         """Raise `InputError` where synthetic images would lead astray: they say nothing of a network's predictions."""
         if isinstance(calibration, str) and calibration == SYNTHETIC and not self.criterion.synthetic:
