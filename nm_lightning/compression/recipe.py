@@ -162,6 +162,8 @@ def takes_settings(cls: type) -> type:
             type_, default = type_ | Literal["auto"], AUTO
         elif default is None:
             type_ = type_ | None
+        if name in parameters and parameters[name].annotation is not Any:
+            type_ = parameters[name].annotation  # the class takes more
         parameters[name] = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=type_)
         lines.append(f"        {name}: {own.metadata['help']}.")
     positional = inspect.Parameter.POSITIONAL_OR_KEYWORD
