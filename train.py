@@ -18,6 +18,7 @@ from nm_lightning.data import build_data
 from nm_lightning.errors import InputError
 from nm_lightning.modules import ImageClassifier
 from nm_lightning.presets import CONFIGS
+from nm_lightning.reporting.lineage import Lineage, known_runs
 from nm_lightning.reporting.weights_and_biases import offline_without_account
 
 RUNS = Path("runs")
@@ -119,7 +120,7 @@ class TrainCLI(LightningCLI):
         if self.config["trainer"]["logger"] is None:
             kwargs["logger"] = CSVLogger(folder.parent, folder.name)
         trainer = super().instantiate_trainer(default_root_dir=folder, **kwargs)
-        trainer.callbacks.append(RandomState())
+        trainer.callbacks += [RandomState(), Lineage(known_runs(self.start.content) if self.start else [])]
         if trainer.checkpoint_callbacks:  # `save_last` would only follow the best
             trainer.callbacks.append(ModelCheckpoint(folder, "last", enable_version_counter=False))
         if trainer.loggers:

@@ -39,6 +39,7 @@ from nm_lightning.measure import Baseline, Measure, Result, as_read, dealt, on_d
 from nm_lightning.modules import ImageClassifier
 from nm_lightning.presets import filled
 from nm_lightning.reporting.files import write_report
+from nm_lightning.reporting.lineage import RUNS_KEY, Lineage, runs_of
 from nm_lightning.reporting.results import assemble, percent
 from nm_lightning.reporting.weights_and_biases import log_compression, summary, warn_instead
 from nm_lightning.schedule import Schedule, is_several
@@ -171,6 +172,7 @@ class NeuronMergeCallback(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Put the plan beside the weights, as a `Compressible` module does: `nm_lightning.load` takes the file."""
+        checkpoint.setdefault(RUNS_KEY, runs_of(trainer.loggers))
         if getattr(pl_module, "compression_plan", {}):
             checkpoint[PLAN_KEY] = pl_module.compression_plan
 
@@ -279,7 +281,9 @@ class NeuronMergeCallback(Callback):
             recipe = replace(recipe, budget=Widths(left, ratio=0.0))
         before = measure.original(original)
         self.result, row = measure.compressed(compressor, recipe, self.filename)
-        more, hparams = {}, {"hyper_parameters": pl_module.hparams}
+        runs = next((each.before for each in trainer.callbacks if isinstance(each, Lineage)), [])
+        runs = [*runs, *runs_of(trainer.loggers)]
+        more, hparams = {RUNS_KEY: runs}, {"hyper_parameters": pl_module.hparams}
         if data is not None:
             hparams["datamodule_hyper_parameters"] = data.hparams
         for name, values in hparams.items():
@@ -289,7 +293,7 @@ class NeuronMergeCallback(Callback):
             notes.append("accuracy was not measured: it needs batches of inputs and class labels, and logits")
         row.notes += notes
         self.result.report.remarks += notes
-        report = self._report(trainer, original, before, row)
+        report = {**self._report(trainer, original, before, row), RUNS_KEY: runs}
         metrics = summary(report)
 
         plan = compose(getattr(pl_module, "compression_plan", {}), self.result.plan)

@@ -28,6 +28,7 @@ from nm_lightning.errors import InputError
 from nm_lightning.measure import Measure, Result
 from nm_lightning.presets import filled
 from nm_lightning.reporting.files import write_files
+from nm_lightning.reporting.lineage import RUNS_KEY
 from nm_lightning.reporting.results import assemble, print_table
 
 NOTES = 6  # lines of them on the terminal
@@ -150,6 +151,7 @@ def run_grid(source: Source, grid: Grid, output: Path, fabric: Fabric, command: 
             "device": str(device),
             "ranks": ranks.size,
             "checkpoint_sha256": sha256(source.path),
+            RUNS_KEY: source.runs,
         }
         report = assemble(about, baseline, results)
         if folder is not None:
@@ -183,6 +185,7 @@ def _save_checkpoint(path: Path, source: Source, compressed: CompressionResult) 
         compose(source.module.compression_plan, prefixed(compressed.plan, "model")),
         compressed.recipe,
         hyper_parameters=dict(source.module.hparams),
+        **({RUNS_KEY: source.runs} if source.runs else {}),
         datamodule_hyper_parameters=dict(source.data.hparams),
     )
 

@@ -1,7 +1,7 @@
 """Where a trained network comes from: a training run, a file from anywhere, or torchvision."""
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from nm_lightning.compression.files.inert import Inert
 from nm_lightning.data import ImageData, build_data
 from nm_lightning.errors import InputError
 from nm_lightning.modules import ImageClassifier
+from nm_lightning.reporting.lineage import known_runs
 
 RUNS = Path("runs")
 CHECKPOINTS = Path(__file__).parents[2] / "checkpoints"  # the repository's own, by name
@@ -29,12 +30,14 @@ class Source:
         data: its data module.
         origin: where the weights come from, for people.
         path: of the checkpoint, if there is one.
+        runs: of the trainings that made it, see `lineage`.
     """
 
     module: ImageClassifier
     data: ImageData
     origin: str
     path: Path | None = None
+    runs: list[dict[str, str]] = field(default_factory=list)
 
 
 def open_source(
@@ -90,7 +93,7 @@ def open_source(
                 raise InputError(f"checkpoint {str(path)!r} was trained for {label} {trained}, {data} has {shape}")
         module.on_load_checkpoint(content)
         load_weights(module, content["state_dict"], path)
-        return Source(module, images, str(path), path)
+        return Source(module, images, str(path), path, known_runs(content))
     torch.manual_seed(seed)
     module = ImageClassifier(name, images.num_classes, images.input_shape, weights=weights)
     if path is None:
