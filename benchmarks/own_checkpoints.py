@@ -9,6 +9,7 @@ stopped goes on. What has not been run says so.
 """
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -26,16 +27,14 @@ ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 MARKS = "<!-- benchmarks/own_checkpoints.py -->", "<!-- end -->"
 CRITERIA = ("l1-norm", "l2-norm", "l2-GM")
-# what a row is called: method, criteria, further flags
-COMMANDS = {
-    "prune": ("prune", CRITERIA, ""),
-    "merge": ("merge", CRITERIA, ""),
-    "fold": ("fold", ("l2-norm",), ""),
-    "reconstruct": ("reconstruct", ("l2-norm",), ""),
-    "reconstruct, synthetic": ("reconstruct", ("l2-norm",), "--calibration synthetic"),
-    "refit": ("reconstruct", ("l2-norm",), "--refit 2"),
-    "refit, synthetic": ("reconstruct", ("l2-norm",), "--refit 2 --calibration synthetic"),
-}
+# methods, criteria, further flags, what those make of a method's name
+COMMANDS = (
+    (("prune", "merge"), CRITERIA, "", "{}"),
+    (("fold", "reconstruct"), ("l2-norm",), "", "{}"),
+    (("reconstruct",), ("l2-norm",), "--calibration synthetic", "{}, synthetic"),
+    (("reconstruct",), ("l2-norm",), "--refit 2", "refit"),
+    (("reconstruct",), ("l2-norm",), "--refit 2 --calibration synthetic", "refit, synthetic"),
+)
 NETWORKS = {  # title, what leaves
     "vgg16_cifar100": ("VGG-16 on CIFAR-100", {"published widths": ""}),
     "resnet20_cifar10": ("ResNet-20 on CIFAR-10", {"0.3": "--ratio 0.3", "0.5": "--ratio 0.5"}),
@@ -44,11 +43,17 @@ NETWORKS = {  # title, what leaves
 }
 
 
-def command(network: str, cell: str, label: str) -> list[str]:
+def flags_of(network: str, cell: str, number: int) -> list[str]:
     """The flags of compress.py, as a reader would type them."""
-    method, criteria, more = COMMANDS[label]
-    flags = ["--checkpoint", network, "--method", method, "--criterion", *criteria]
+    methods, criteria, more, _ = COMMANDS[number]
+    flags = ["--checkpoint", network, "--method", *methods, "--criterion", *criteria]
     return [*flags, *shlex.split(NETWORKS[network][1][cell]), *shlex.split(more)]
+
+
+def labels_of(number: int) -> list[str]:
+    """What the rows of a command are called."""
+    methods, _, _, label = COMMANDS[number]
+    return [label.format(method) for method in methods]
 
 
 def machine() -> str:
@@ -58,9 +63,9 @@ def machine() -> str:
     return f"{os.cpu_count()} cores of {name or platform.processor() or platform.machine()}, torch {torch.__version__}"
 
 
-def run(network: str, cell: str, label: str, folder: Path, data_dir: Path) -> list[dict]:
+def run(network: str, cell: str, number: int, folder: Path, data_dir: Path) -> list[dict]:
     """A command's rows; the original is one of them."""
-    flags = command(network, cell, label)
+    flags = flags_of(network, cell, number)
     file = network if (CHECKPOINTS / f"{network}.ckpt").is_file() else str(folder / f"{network}.ckpt")
     with tempfile.TemporaryDirectory() as output:
         words = [sys.executable, "compress.py", *(file if word == network else word for word in flags)]
@@ -72,10 +77,11 @@ def run(network: str, cell: str, label: str, folder: Path, data_dir: Path) -> li
     about = {"network": network, "cell": cell, "machine": machine()}
     first = about | {"label": "original", "criterion": "", "command": "", "seconds": 0.0}
     rows = [first | {name: report["baseline"][name] for name in ("accuracy", "parameters", "macs")}]
-    about |= {"label": label, "command": shlex.join(["python", "compress.py", *flags])}
+    about |= {"command": shlex.join(["python", "compress.py", *flags])}
     for row in report["results"]:
         names = ("criterion", "accuracy", "parameters", "macs", "seconds")
-        rows.append(about | {name: row[name] for name in names})
+        label = COMMANDS[number][3].format(row["method"])
+        rows.append({**about, "label": label} | {name: row[name] for name in names})
     return rows
 
 
@@ -98,17 +104,15 @@ def table(rows: list[dict]) -> str:
             "| ratio | method | criterion | accuracy % | parameters | MACs | seconds | command |",
             "| --- | --- | --- | ---: | ---: | ---: | ---: | --- |",
         ]
-        for cell in cells:
-            for label, (_, criteria, _) in COMMANDS.items():
-                words = shlex.join(command(network, cell, label)[2:])
-                for criterion in criteria:
-                    row = found.get((network, cell, label, criterion))
-                    shown = "not run | | | "
-                    if row is not None:
-                        share = [row[name] / original[name] for name in ("parameters", "macs")]
-                        shown = f"{100 * row['accuracy']:.2f} | {share[0]:.0%} | {share[1]:.0%} | {row['seconds']:.1f}"
-                    what = f"{cell} | {label} | {criterion}"
-                    lines.append(f"| {what} | {shown} | `C {words}` |")
+        for cell, (number, each) in itertools.product(cells, enumerate(COMMANDS)):
+            for label, criterion in itertools.product(labels_of(number), each[1]):
+                row = found.get((network, cell, label, criterion))
+                words, shown = shlex.join(flags_of(network, cell, number)[2:]), "not run | | | "
+                if row is not None:
+                    share = [row[name] / original[name] for name in ("parameters", "macs")]
+                    shown = f"{100 * row['accuracy']:.2f} | {share[0]:.0%} | {share[1]:.0%} | {row['seconds']:.1f}"
+                    words = row["command"].partition(f"{network} ")[2]
+                lines.append(f"| {cell} | {label} | {criterion} | {shown} | `C {words}` |")
         parts.append("\n".join(lines))
     machines = "; ".join(dict.fromkeys(row["machine"] for row in rows))
     return "\n\n".join([*parts, f"Machine: {machines}, beside other work. Seconds: of the compression alone."])
@@ -120,26 +124,25 @@ def main() -> None:
     parser.add_argument("networks", nargs="*", default=["vgg16_cifar100", "resnet20_cifar10"], help=", ".join(NETWORKS))
     parser.add_argument("--checkpoints", type=Path, default=CHECKPOINTS, help="folder of those not in the repository")
     parser.add_argument("--data_dir", type=Path, default=Path("data"), help="where the images are")
-    parser.add_argument("--methods", nargs="+", default=list(COMMANDS), help="some of the rows")
+    every = list(range(len(COMMANDS)))
+    parser.add_argument("--commands", nargs="+", type=int, choices=every, default=every, help="some of them, by number")
     parser.add_argument("--output", type=Path, default=DOCS / "own_checkpoints.jsonl", help="a line of JSON a row")
     parser.add_argument("--page", type=Path, default=DOCS / "results.md", help="where the tables go, between two marks")
     parser.add_argument("--table", action="store_true", help="only write the tables")
     args = parser.parse_args()
     read = args.output.read_text().splitlines() if args.output.is_file() else []
     rows = [json.loads(line) for line in read]
-    done = {(row["network"], row["cell"], row["label"]) for row in rows}
     for network in [] if args.table else args.networks:
-        for label in args.methods:
-            for cell in NETWORKS[network][1]:
-                if (network, cell, label) in done:
-                    continue
-                for row in run(network, cell, label, args.checkpoints, args.data_dir):
-                    if (network, cell, row["label"]) not in done or row["label"] != "original":
-                        rows.append(row)
-                        print(json.dumps(row), flush=True)
-                        with args.output.open("a") as file:
-                            file.write(json.dumps(row) + "\n")
-                done |= {(network, cell, "original"), (network, cell, label)}
+        for number, cell in itertools.product(args.commands, NETWORKS[network][1]):
+            done = {(row["network"], row["cell"], row["label"]) for row in rows}
+            if all((network, cell, label) in done for label in labels_of(number)):
+                continue
+            for row in run(network, cell, number, args.checkpoints, args.data_dir):
+                if (network, cell, row["label"]) not in done:
+                    rows.append(row)
+                    print(json.dumps(row), flush=True)
+                    with args.output.open("a") as file:
+                        file.write(json.dumps(row) + "\n")
     before, _, rest = args.page.read_text().partition(MARKS[0])
     after = rest.partition(MARKS[1])[2]
     args.page.write_text(f"{before}{MARKS[0]}\n\n{table(rows)}\n\n{MARKS[1]}{after}")
