@@ -166,6 +166,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ratios", nargs="+", type=float, default=list(RATIOS), help="some of them")
     parser.add_argument("--epochs", nargs="+", type=int, default=list(EPOCHS), help="some of them")
+    parser.add_argument("--starts", nargs="+", choices=STARTS, default=list(STARTS), help="some of them")
     parser.add_argument("--data_dir", type=Path, default=Path("data"), help="where the images are")
     parser.add_argument("--output", type=Path, default=DOCS / "after_compression.jsonl", help="a line of JSON a row")
     parser.add_argument("--table", action="store_true", help="only write page and plot")
@@ -174,6 +175,7 @@ def main() -> None:
     rows = [json.loads(line) for line in args.output.read_text().splitlines()] if args.output.is_file() else []
     done = {(row["ratio"], row["start"], row["how"], row["epochs"]) for row in rows}
     left = [] if args.table else [cell for cell in cells(args.ratios, args.epochs) if cell not in done]
+    left = [cell for cell in left if cell[1] in args.starts]
     bench = Bench(args.data_dir) if left else None
     for cell in left:
         rows.append(bench.run(*cell))

@@ -141,7 +141,7 @@ class NeuronMergeCallback(Callback):
         if self.calibration is not None:
             check_size(self.calibration_size, Ranks(strategy))
         if self.schedule is not None:
-            self.schedule.check(trainer.max_epochs)
+            self.schedule.check(None if trainer.fast_dev_run else trainer.max_epochs)
             trainer.callbacks = [self, *(each for each in trainer.callbacks if each is not self)]  # before averages
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -153,6 +153,8 @@ class NeuronMergeCallback(Callback):
             inputs, _ = inputs_and_labels(batch, *self.keys)
             if batch is not None or isinstance(original.example_input_array, Tensor):
                 self.whole = self._rehearse(trainer, original, _example(original, inputs), batch)
+            elif self.schedule is not None:
+                raise InputError("every_n_epochs: no batch can be looked at before training: set example_input_array")
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compress further, where the schedule says so: between two epochs, whose checkpoints are written."""

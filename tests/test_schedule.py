@@ -217,6 +217,12 @@ def test_a_training_that_ends_too_early_is_refused(tmp_path):
         fit(tmp_path, epochs=6)
 
 
+def test_a_schedule_needs_a_look_at_the_network_first(tmp_path, monkeypatch):
+    monkeypatch.setattr("nm_lightning.callbacks.first_of", lambda *_: None)
+    with pytest.raises(InputError, match="no batch can be looked at before training: set example_input_array"):
+        fit(tmp_path)
+
+
 RANKS = """
 import hashlib, json
 from pathlib import Path
