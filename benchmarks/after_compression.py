@@ -154,7 +154,10 @@ def plot(rows: list[dict], path: Path) -> None:
         axes.axhline(89.91, color="0.5", linewidth=1)
         macs = next((row["macs"] for row in rows if row["ratio"] == ratio), 1 - ratio)
         axes.set(xlabel="epochs of training", title=f"ResNet-20, CIFAR-10, {macs:.0%} of the MACs")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        last = max([2, *(row["epochs"] for row in rows)])
+        axes.set(xlim=(-0.3, last + 0.3), xticks=[count for count in EPOCHS if count <= last])
+        if not any(row["ratio"] == ratio for row in rows):
+            axes.text(0.5, 0.5, "not run", transform=axes.transAxes, ha="center")
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("test accuracy (%)")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=9)
