@@ -1,10 +1,10 @@
 """The Lightning side of compression: a callback that compresses when training ends, and logs what it cost."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from dataclasses import replace
 from math import nan
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
@@ -19,25 +19,28 @@ from torch import Tensor
 
 from nm_lightning.batches import inputs_and_labels
 from nm_lightning.compression import CompressionResult, Compressor, Criterion, Distill, Method, Recipe
-from nm_lightning.compression.files.checkpoint import read, sha256, write
+from nm_lightning.compression.files.checkpoint import PLAN_KEY, read, sha256, write
 from nm_lightning.compression.recipe import takes_settings
+from nm_lightning.compression.selection import Ratio, Widths
 from nm_lightning.compression.settings import AUTO, is_auto
 from nm_lightning.compression.statistics.calibration import Calibration, batch_length, check_size, share
 from nm_lightning.compression.statistics.predictions import check_logits
 from nm_lightning.compression.statistics.ranks import Ranks
-from nm_lightning.compression.structure.copies import make_plain, plain_copy, with_data
-from nm_lightning.compression.structure.decomposition import assign
-from nm_lightning.compression.structure.plan import Plan, apply_plan, compose, learned, named_tensors
+from nm_lightning.compression.structure.copies import plain_copy, with_data
+from nm_lightning.compression.structure.plan import compose
 from nm_lightning.compression.structure.unread import hanging
 from nm_lightning.data import ImageData
 from nm_lightning.errors import InputError, first_line
-from nm_lightning.loaders import Loaders
+from nm_lightning.in_place import averages_of, become, become_in_training, narrow_average
+from nm_lightning.loaders import Loaders, in_stage
 from nm_lightning.measure import Baseline, Measure, Result, as_read
 from nm_lightning.modules import ImageClassifier, arguments_of
 from nm_lightning.presets import filled
 from nm_lightning.reporting.files import write_report
+from nm_lightning.reporting.lineage import RUNS_KEY, Lineage, runs_of
 from nm_lightning.reporting.results import assemble, percent
 from nm_lightning.reporting.weights_and_biases import log_compression, summary, warn_instead
+from nm_lightning.schedule import Schedule, is_several
 from nm_lightning.steps import reads_of_training
 
 SHARDED = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)  # no rank has the whole network
@@ -71,6 +74,9 @@ class NeuronMergeCallback(Callback):
         input_key: of the images in a batch: a name, or a place in a tuple; None for `image`, `images`, `pixel_values`,
             `input`, `inputs` or `x`, and the first of a tuple.
         label_key: of the class labels; None for `label`, `labels`, `target`, `targets` or `y`, and the second.
+        every_n_epochs: with a list of ratios, all of the original widths, and `replace=True`: after each so many epochs
+            the network is compressed to the next, and training goes on with it. Optimiser state is sliced, averages of
+            `WeightAveraging` too; schedules go on; "best" is the best among the narrower ones from then on.
         settings: see there.
 
     Attributes:
@@ -85,7 +91,7 @@ class NeuronMergeCallback(Callback):
         self,
         method: str | Method = "merge",
         criterion: str | Criterion = "l2-norm",
-        ratio: Any = AUTO,
+        ratio: float | list[float] | Literal["auto"] = AUTO,
         *,
         calibration: str | Tensor = "data",
         replace: bool = False,
@@ -93,15 +99,23 @@ class NeuronMergeCallback(Callback):
         recipe: Recipe | None = None,
         input_key: str | int | None = None,
         label_key: str | int | None = None,
+        every_n_epochs: int | None = None,
         **settings: Any,
     ):
         self.given = {name: value for name, value in (settings | {"ratio": ratio}).items() if not is_auto(value)}
+        self.schedule = None if every_n_epochs is None and not is_several(ratio) else Schedule(ratio, every_n_epochs)
+        if self.schedule is not None:
+            self.given["ratio"] = self.schedule.ratios[-1]
+            if not replace:
+                raise InputError("every_n_epochs trains the narrow network on: give replace=True")
         self.choice, self.recipe = (method, criterion), recipe
         if recipe is not None and (self.given or self.choice != ("merge", "l2-norm")):
             raise InputError("NeuronMergeCallback: a recipe says it all: give no method or setting beside it")
         asked = recipe or Recipe.of(*self.choice, **self.given)
         asked.check_images(calibration)
         self.calibration = calibration if asked.looks else None
+        if self.schedule is not None and not isinstance(asked.budget, Ratio):
+            raise InputError("every_n_epochs goes with ratios: give no widths or target beside them")
         check_size(asked.calibration_size)
         self.calibration_size = asked.calibration_size
         self.replace, self.filename, self.keys = replace, filename, (input_key, label_key)
@@ -124,19 +138,56 @@ class NeuronMergeCallback(Callback):
             )
         if self.calibration is not None:
             check_size(self.calibration_size, Ranks(strategy))
+        if self.schedule is not None:
+            self.schedule.check(None if trainer.fast_dev_run else trainer.max_epochs)
+            trainer.callbacks = [self, *(each for each in trainer.callbacks if each is not self)]  # before averages
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Trace, plan, and look at a batch: a refusal comes now."""
         self.whole = None
-        with _stage(trainer, RunningStage.VALIDATING):
+        with in_stage(trainer, RunningStage.VALIDATING):
             original, loaders = _own(pl_module), self._loaders(trainer, pl_module)
             batch = loaders.first(trainer.train_dataloader)
             if batch is not None or isinstance(original.example_input_array, Tensor):
                 self.whole = self._rehearse(trainer, original, loaders.example(original, batch), batch)
+            elif self.schedule is not None:
+                raise InputError("every_n_epochs: no batch can be looked at before training: set example_input_array")
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compress further, where the schedule says so: between two epochs, whose checkpoints are written."""
+        widths = self.schedule.due(trainer.current_epoch) if self.schedule is not None else None
+        if widths is not None:
+            with in_stage(trainer, RunningStage.TESTING), isolate_rng():
+                self._compress(trainer, pl_module, widths)
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far the schedule has come."""
+        return {} if self.schedule is None else self.schedule.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there."""
+        if self.schedule is not None:
+            self.schedule.load_state_dict(state_dict)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Put the plan beside the weights, as a `Compressible` module does: `nm_lightning.load` takes the file."""
+        checkpoint.setdefault(RUNS_KEY, runs_of(trainer.loggers))
+        if getattr(pl_module, "compression_plan", {}):
+            checkpoint[PLAN_KEY] = pl_module.compression_plan
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Averages, which were made of the wide module, become as narrow as the checkpoint's."""
+        plan = checkpoint.get(PLAN_KEY, {})
+        for average in averages_of(trainer):
+            if getattr(average, "compression_plan", {}) != plan:
+                narrow_average(average, {}, plan)
+                average.compression_plan = plan
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compress; the Trainer has torn its loops down, its loggers are still open."""
-        with _stage(trainer, RunningStage.TESTING):  # data modules augment while they train
+        if self.schedule is not None:
+            return
+        with in_stage(trainer, RunningStage.TESTING):  # data modules augment while they train
             self._compress(trainer, pl_module)
 
     def _rehearse(self, trainer: Trainer, original: LightningModule, example: Tensor, batch: Any) -> dict[str, str]:
@@ -155,6 +206,8 @@ class NeuronMergeCallback(Callback):
             why = next((f": {name}: {why}" for name, why in compressor.skipped.items()), "")
             raise InputError(f"NeuronMergeCallback: nothing in {type(original).__name__} can be compressed{why}")
         recipe.budget.check(subject)
+        if self.schedule is not None:
+            self.schedule.begin(recipe.budget, subject, trainer)
         with torch.no_grad(), isolate_rng():
             output = subject.evaluated(as_read(example, subject.evaluated))
         if any(part.looks for part in (recipe.criterion, recipe.budget)) or any(
@@ -184,11 +237,12 @@ class NeuronMergeCallback(Callback):
                 settings["sites"] = [f"model.{pattern}" for pattern in settings["sites"]]
         return Recipe.of(*self.choice, **settings)
 
-    def _compress(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _compress(self, trainer: Trainer, pl_module: LightningModule, widths: Mapping[str, int] | None = None) -> None:
+        """Compress the best weights; where `widths` are given, those of now, and train on with what comes of them."""
         ranks = Ranks(trainer.strategy)
         original, notes = _own(pl_module), []
         best = getattr(trainer.checkpoint_callback, "best_model_path", "")
-        if trainer.is_global_zero and best:
+        if trainer.is_global_zero and best and widths is None:
             notes += _load_best(original, best)
         device = trainer.strategy.root_device
         original.to(device)
@@ -208,16 +262,24 @@ class NeuronMergeCallback(Callback):
             calibration = share(images, batch_length(images.shape[1:]), ranks)
         own, loader = loaders.metrics(by, ranks, notes), by.loader if by.labelled else None
         measure = Measure(example, loader, loaders.hooks, ranks, keys=self.keys, own=own)
-        compressor = Compressor(original, example, recipe, calibration, trainer.strategy, self.whole)
+        training = loaders.training_inputs(ranks) if recipe.trains else None
+        compressor = Compressor(original, example, recipe, calibration, trainer.strategy, self.whole, training)
+        if widths is not None:
+            names = [site.name for site in compressor.subject.sites]
+            left = {name: widths[name] for name in names if name in widths}
+            recipe = replace(recipe, budget=Widths(left, ratio=0.0))
         before = measure.original(original)
         self.result, row = measure.compressed(compressor, recipe, self.filename)
+        runs = next((each.before for each in trainer.callbacks if isinstance(each, Lineage)), [])
+        runs = [*runs, *runs_of(trainer.loggers)]
         more, left_out = arguments_of(pl_module, data)
+        more[RUNS_KEY] = runs
         notes += left_out
         if not by.labelled and not row.logged:
             notes.append("accuracy was not measured: it needs batches of inputs and class labels, and logits")
         row.notes += notes
         self.result.report.remarks += notes
-        report = self._report(trainer, original, before, row)
+        report = {**self._report(trainer, original, before, row), RUNS_KEY: runs}
         metrics = summary(report)
 
         plan = compose(getattr(pl_module, "compression_plan", {}), self.result.plan)
@@ -232,8 +294,10 @@ class NeuronMergeCallback(Callback):
                 saved = False
                 rank_zero_warn(f"NeuronMergeCallback: {first_line(error)}; the callback's result holds the network")
         self._log(trainer, report, metrics, folder if saved else None, Path(best) if best else None)
-        if self.replace:
-            _become(pl_module, self.result.model, self.result.plan)
+        if widths is not None:
+            become_in_training(trainer, pl_module, self.result.model, self.result.plan, plan)
+        elif self.replace:
+            become(pl_module, self.result.model, self.result.plan)
             pl_module.compression_plan = plan
             for checkpoints in trainer.checkpoint_callbacks:  # what they kept is wide
                 if isinstance(checkpoints, ModelCheckpoint):
@@ -298,15 +362,6 @@ def _own(module: LightningModule) -> LightningModule:
     return twin
 
 
-def _become(module: LightningModule, narrow: LightningModule, plan: Plan) -> None:
-    """Make a wide module what its narrow copy is, in place: all that hangs on it stays its own."""
-    make_plain(module)
-    with torch.no_grad():
-        apply_plan(module, plan)
-        sliced = {name: tensor for name, tensor in named_tensors(narrow).items() if name in plan.get("slices", {})}
-        assign(module, learned(narrow) | sliced)
-
-
 def _load_best(module: LightningModule, path: str) -> list[str]:
     """Take the best weights, or say why those at the end of training are taken."""
     try:
@@ -316,13 +371,3 @@ def _load_best(module: LightningModule, path: str) -> list[str]:
     except Exception as error:  # a file that has gone, or whatever the user's hook raises
         return [f"the weights are those at the end of training: {Path(path).name} can't be loaded: {first_line(error)}"]
     return []
-
-
-@contextmanager
-def _stage(trainer: Trainer, stage: RunningStage) -> Iterator[None]:
-    """The Trainer says that it is in another stage."""
-    before, trainer.state.stage = trainer.state.stage, stage
-    try:
-        yield
-    finally:
-        trainer.state.stage = before

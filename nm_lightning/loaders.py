@@ -1,11 +1,13 @@
 """The loaders of whoever has them, data module, LightningModule or Trainer: what to measure by, what to look at."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from pytorch_lightning import LightningDataModule, LightningModule, Trainer
+from pytorch_lightning.trainer.states import RunningStage
 from pytorch_lightning.utilities import rank_zero_warn
 from pytorch_lightning.utilities.model_helpers import is_overridden
 from pytorch_lightning.utilities.seed import isolate_rng
@@ -15,7 +17,7 @@ from nm_lightning.batches import Key, hits, inputs_and_labels, logits_of
 from nm_lightning.compression.statistics.calibration import SYNTHETIC
 from nm_lightning.compression.statistics.ranks import Ranks
 from nm_lightning.compression.structure.copies import modes_kept
-from nm_lightning.data import ImageData
+from nm_lightning.data import ImageData, TrainingImages
 from nm_lightning.errors import InputError, first_line
 from nm_lightning.measure import as_read, dealt, on_device
 from nm_lightning.steps import first_batch, logged
@@ -194,6 +196,16 @@ class Loaders:
             raise InputError("the loader of training data has no batches to calibrate on: give calibration")
         return torch.cat(parts)[:size]
 
+    def training_inputs(self, ranks: Ranks) -> Iterable[Tensor]:
+        """All training images in batches, augmented as in training, no labels; each rank has its share.
+
+        Raises:
+            InputError: there are none.
+        """
+        if self.trainer is None and isinstance(self.data, ImageData):
+            return TrainingImages(self.data, self.device, ranks)
+        return TrainingInputs(self, ranks)
+
     def example(self, network: nn.Module, batch: Any) -> Tensor:
         """One input for tracing: the module's own, or a batch's first.
 
@@ -207,6 +219,41 @@ class Loaders:
         if not isinstance(inputs, Tensor) or not inputs.ndim:
             raise InputError("the batches hold no tensor of inputs: give input_key, or set example_input_array")
         return as_read(inputs[:1], network)
+
+
+class TrainingInputs:
+    """The training loader's images, in batches on the device, as in training; no labels.
+
+    Args:
+        loaders: whose they are.
+        ranks: that each have a share; a Trainer has dealt it already.
+    """
+
+    def __init__(self, loaders: Loaders, ranks: Ranks):
+        self.loaders, self.loader = loaders, only(loaders.training)
+        if self.loader is None:
+            raise InputError("finetune_on 'training': there is no loader of training images")
+        if loaders.trainer is None:
+            self.loader = dealt(self.loader, ranks)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        of, trainer = self.loaders, self.loaders.trainer
+        with in_stage(trainer, RunningStage.TRAINING) if trainer is not None else nullcontext():
+            for batch in on_device(self.loader, of.hooks, of.device):
+                yield inputs_and_labels(batch, *of.keys)[0]
+
+
+@contextmanager
+def in_stage(trainer: Trainer, stage: RunningStage) -> Iterator[None]:
+    """The Trainer says that it is in another stage."""
+    before, trainer.state.stage = trainer.state.stage, stage
+    try:
+        yield
+    finally:
+        trainer.state.stage = before
 
 
 def only(loader: Any) -> Any:

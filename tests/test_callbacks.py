@@ -110,6 +110,15 @@ def test_replace_leaves_a_narrow_module_that_trains_on(tmp_path):
     assert evaluate(tuned, data.test_dataloader(), data) > after_merge
 
 
+def test_finetunes_on_all_training_images_augmented(tmp_path):
+    seen = []
+    callback = Watching(seen, method="prune", ratio=0.5, finetune=2, finetune_on="training")
+    fit(tmp_path, callback, module=Users(), epochs=1, datamodule=Augmenting(seen))
+    after = seen[seen.index("end") + 1 :]
+    assert sum(after) == 2 * 4, "two passes over four batches, augmented"
+    assert not after[-1] and not after[0], "what is measured by is not"
+
+
 class Users(LightningModule):
     """A LightningModule that knows nothing of this project."""
 

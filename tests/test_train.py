@@ -19,9 +19,10 @@ from nm_lightning.data.small import crop_and_flip
 from nm_lightning.errors import InputError
 from nm_lightning.modules import ImageClassifier, evaluate
 from tests import ROOT
+from tests.cli import run
 from tests.datasets import idx, write_images
 
-CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
+CONFIGS = sorted({path.stem for path in (ROOT / "configs").glob("*.yaml")} - {"finetune"})  # which names no network
 QUICK = ["--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu"]
 SHORT = [*QUICK, "--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2", "--trainer.limit_val_batches", "1"]
 SHORT += ["--trainer.limit_test_batches", "1", "--trainer.num_sanity_val_steps", "0", "--data.batch_size", "4"]
@@ -83,6 +84,72 @@ def test_training_resumes(in_tmp):
     resumed = torch.load(last, weights_only=True)
     assert resumed["epoch"] == 2
     assert resumed["global_step"] == steps // 2 * 3
+
+
+@pytest.fixture
+def compressed(trained, in_tmp):
+    """A pruned network's checkpoint, and its accuracy."""
+    report = run(trained, in_tmp / "out", "--method", "prune", "--ratio", "0.8")
+    return in_tmp / "out" / "prune_l2-norm_0.8.ckpt", report["results"][0]["accuracy"]
+
+
+def test_training_starts_from_a_compressed_checkpoint(compressed, in_tmp, capsys):
+    """Network, widths, weights and data are the checkpoint's, the rest is configs/finetune.yaml's."""
+    path, before = compressed
+    train.main(["--from", str(path), *QUICK, "--trainer.max_epochs", "3"])
+    folder = in_tmp / "runs" / "lenet_300_100_digits_from_prune_l2-norm_0.8"
+    written = yaml.safe_load((folder / "config.yaml").read_text())
+    assert (written["model"]["lr"], written["model"]["schedule"], written["data"]["name"]) == (
+        0.02,
+        "one_cycle",
+        "digits",
+    )
+    tuned = ImageClassifier.load_from_checkpoint(folder / "best.ckpt", weights_only=True)
+    assert (tuned.model.ip1.out_features, tuned.model.ip2.out_features) == (60, 20)
+    data = train.build_data("digits")
+    data.setup("test")
+    assert evaluate(tuned, data.test_dataloader(), data) > before + 0.02
+
+    whole = {
+        key: value.clone() for key, value in torch.load(folder / "last.ckpt", weights_only=True)["state_dict"].items()
+    }
+    (in_tmp / "again.yaml").write_text(f"from: {path}\ntrainer: {{max_epochs: 3}}\nexperiment: again\n")
+    for more in (["--trainer.max_epochs", "3"], ["--ckpt_path", str(in_tmp / "runs" / "again" / "last.ckpt")]):
+        train.main(["--config", str(in_tmp / "again.yaml"), *QUICK, *more])
+    again = torch.load(in_tmp / "runs" / "again" / "last.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(value, whole[key]) for key, value in again.items())
+
+
+def test_what_was_trained_on_after_a_compression_is_resumed_by_itself(compressed, in_tmp):
+    train.main(["--from", str(compressed[0]), *QUICK, "--trainer.max_epochs", "1", "--model.schedule", "steps"])
+    last = in_tmp / "runs" / "lenet_300_100_digits_from_prune_l2-norm_0.8" / "last.ckpt"
+    digits("--ckpt_path", str(last), "--trainer.max_epochs", "2", "--model.decay_all", "false")
+    resumed = torch.load("runs/lenet_300_100_digits/last.ckpt", weights_only=True)
+    assert resumed["epoch"] == 1
+    assert resumed["state_dict"]["model.ip1.weight"].shape == (60, 64)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--from", "missing.ckpt"], "'missing.ckpt' does not exist"),
+        (["--from", "vgg19_cifar100"], "does not exist: give a file, or one of resnet20_cifar10"),
+        (["--from", "weights.ckpt"], "'weights.ckpt' does not say its network"),
+        (
+            ["--from", "{trained}", "--model.name", "resnet20"],
+            "for name lenet_300_100, this run has resnet20",
+        ),
+        (["--from", "{trained}", "--data.name", "fashion_mnist"], "was trained for input_shape (1, 8, 8)"),
+    ],
+)
+def test_a_start_that_does_not_fit_is_one_line(arguments, says, trained, in_tmp, fashion_mnist, capsys):
+    torch.save({"state_dict": {}}, "weights.ckpt")
+    with pytest.raises(SystemExit) as exit_:
+        train.main([*QUICK, *(word.format(trained=trained) for word in arguments)])
+    assert exit_.value.code == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert says in errors[0]
 
 
 def test_one_cycle_rises_and_falls_step_by_step():

@@ -47,7 +47,7 @@ def parser_of_flags() -> argparse.ArgumentParser:
     parser.add_argument(
         "--calibration", default="data", help="unlabelled images: data (training images), synthetic, or a folder (data)"
     )
-    parser.add_argument("--checkpoint", help="Lightning checkpoint or state dict (the newest best.ckpt under runs/)")
+    parser.add_argument("--checkpoint", help="file, or a name in checkpoints/ (the newest best.ckpt under runs/)")
     parser.add_argument(
         "--model", help="network, if the checkpoint does not say: resnet56, ..., or your package.module:Class"
     )

@@ -31,6 +31,7 @@ from nm_lightning.errors import InputError
 from nm_lightning.measure import Measure, Result, odd_widths
 from nm_lightning.presets import filled, preset
 from nm_lightning.reporting.files import write_files
+from nm_lightning.reporting.lineage import RUNS_KEY
 from nm_lightning.reporting.results import assemble, featured, print_table
 
 SOME = ("results.csv", "accuracy.png", "sensitivity.png")
@@ -177,13 +178,14 @@ def started(
     if any(recipe.looks for recipe in recipes):
         size, seed = recipes[0].calibration_size, recipes[0].seed
         calibration = loaders.images(grid.calibration, size, seed, ranks)
-    compressor.look_at(calibration, fabric.strategy)
+    training = loaders.training_inputs(ranks) if any(recipe.trains for recipe in recipes) else None
+    compressor.look_at(calibration, fabric.strategy, training)
     if calibration is not None:
         count = sum(map(length, compressor.subject.batches))
         images = int(ranks.total(torch.tensor(count, device=device))[0])
         about |= {"calibration": grid.calibration, "calibration_size": images}
     about |= {"left_alone": compressor.skipped, "device": str(device), "ranks": ranks.size}
-    return network, compressor, ranks, about | {"checkpoint_sha256": sha256(source.path)}
+    return network, compressor, ranks, about | {"checkpoint_sha256": sha256(source.path), RUNS_KEY: source.runs}
 
 
 def introduce(source: Source, about: Mapping[str, Any], compressor: Compressor, recipes: Sequence[Recipe]) -> None:
@@ -219,6 +221,7 @@ def _save_checkpoint(path: Path, source: Source, compressed: CompressionResult) 
         compose(source.plan, plan),
         compressed.recipe,
         **source.known,
+        **({RUNS_KEY: source.runs} if source.runs else {}),
     )
 
 

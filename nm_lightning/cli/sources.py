@@ -1,12 +1,13 @@
 """Where a trained network comes from: a training run, a file from anywhere, torchvision, or the user's own code."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+import yaml
 from pytorch_lightning import LightningDataModule, LightningModule
 from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
@@ -14,15 +15,17 @@ from torch import Tensor, nn
 from nm_lightning import own_code
 from nm_lightning.cli.arguments import arguments, hyper_parameters
 from nm_lightning.cli.weights import bare, fill
-from nm_lightning.compression.files.checkpoint import PLAN_KEY, load_weights, read
+from nm_lightning.compression.files.checkpoint import PLAN_KEY, load_weights, read, sha256
 from nm_lightning.compression.structure.plan import Plan
 from nm_lightning.data import ImageData, build_data
 from nm_lightning.errors import InputError, first_line
 from nm_lightning.loaders import Loaders, Yardstick
 from nm_lightning.models import register_own
 from nm_lightning.modules import ImageClassifier, arguments_of
+from nm_lightning.reporting.lineage import known_runs
 
 RUNS = Path("runs")
+CHECKPOINTS = Path(__file__).parents[2] / "checkpoints"  # the repository's own, by name
 CPU = torch.device("cpu")
 
 
@@ -31,8 +34,8 @@ class Asked:
     """What the command line says of the network and its data.
 
     Attributes:
-        checkpoint: a Lightning checkpoint, a file with one of `WEIGHTS` or a bare state dict; None for the newest
-            `best.ckpt` of a training run that fits `model` and `data`.
+        checkpoint: a Lightning checkpoint, a file with one of `WEIGHTS` or a bare state dict, or the name of one in
+            `CHECKPOINTS`; None for the newest `best.ckpt` of a training run that fits `model` and `data`.
         model: a registered model's name, where the checkpoint does not say; or of the user's own, see `own_code`.
         data: a registered data set's name, where the checkpoint does not say; or of a LightningDataModule.
         data_dir: where the images are; None for the checkpoint's folder, or `data`.
@@ -69,6 +72,7 @@ class Source:
         plan: of what was cut before.
         known: what its checkpoints hold beside weights and plan.
         notes: what a reader should know.
+        runs: of the trainings that made it, see `lineage`.
     """
 
     network: nn.Module
@@ -83,6 +87,7 @@ class Source:
     plan: Plan = field(default_factory=dict)
     known: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    runs: list[dict[str, str]] = field(default_factory=list)
 
     @property
     def title(self) -> str:
@@ -99,7 +104,8 @@ def open_source(asked: Asked) -> Source:
     model, data, weights = asked.model, asked.data, asked.weights
     if weights and not (model or "").startswith("torchvision/"):
         raise InputError(f"weights {weights!r} are torchvision's: give --model torchvision/<name> with them")
-    found = (Path(asked.checkpoint), read(asked.checkpoint)) if asked.checkpoint else None
+    path = located(asked.checkpoint) if asked.checkpoint else None
+    found = (path, read(path)) if path else None
     if found is None and weights is None:
         found = _newest_run(model, data)
     path, content = found or (None, {})
@@ -130,7 +136,7 @@ def open_source(asked: Asked) -> Source:
                 raise InputError(f"checkpoint {str(path)!r} was trained for {label} {trained}, {data} has {shape}")
         module.on_load_checkpoint(content)
         load_weights(module, content["state_dict"], path)
-        return _ours(asked, module, images, data, str(path), path)
+        return _ours(asked, module, images, data, str(path), path, known_runs(content))
     torch.manual_seed(asked.seed)
     hparams = {"name": name, "weights": weights} | own_code.values(ImageClassifier, asked.arguments["model"])
     for label in ("input_shape", "num_classes"):
@@ -162,6 +168,7 @@ def _ours(
     data: str,
     origin: str,
     path: Path | None = None,
+    runs: Sequence[dict[str, str]] = (),
 ) -> Source:
     """The network in our own LightningModule."""
     loaders = Loaders(module, images, CPU, keys=asked.keys)
@@ -173,7 +180,7 @@ def _ours(
     known, notes = arguments_of(module, images)
     plan = module.compression_plan
     return Source(
-        module.model, name, data, loaders, module.example_input, by, origin, path, "model", plan, known, notes
+        module.model, name, data, loaders, module.example_input, by, origin, path, "model", plan, known, notes, [*runs]
     )
 
 
@@ -208,7 +215,8 @@ def _own_network(asked: Asked, name: str, data: str | None, path: Path | None, c
         notes += left_out
     origin = f"what {name} builds" if path is None else str(path)
     example = loaders.example(network, by.batch)
-    return Source(network, name, data, loaders, example, by, origin, path, "", plan, known, notes)
+    runs = known_runs(content)
+    return Source(network, name, data, loaders, example, by, origin, path, "", plan, known, notes, runs)
 
 
 def _data(
@@ -247,6 +255,24 @@ def _yardstick(loaders: Loaders, network: nn.Module, name: str, data: str) -> Ya
         raise
     except Exception as error:  # whatever the user's code raises
         raise InputError(f"{name} can't read a batch of {data}: {type(error).__name__}: {first_line(error)}") from error
+
+
+def located(checkpoint: str) -> Path:
+    """The file of a checkpoint: a path, or the name of one in `CHECKPOINTS`.
+
+    Raises:
+        InputError: a file of that name is not the one that was recorded.
+    """
+    path, index = Path(checkpoint), CHECKPOINTS / "index.yaml"
+    known = yaml.safe_load(index.read_text()) if index.is_file() else {}
+    if path.exists() or path.suffix or len(path.parts) > 1 or not known:
+        return path
+    if checkpoint not in known:
+        raise InputError(f"checkpoint {checkpoint!r} does not exist: give a file, or one of {', '.join(known)}")
+    own = CHECKPOINTS / f"{checkpoint}.ckpt"
+    if sha256(own) != known[checkpoint]["sha256"]:
+        raise InputError(f"checkpoint {str(own)!r} is missing or not as recorded: its SHA-256 is another")
+    return own
 
 
 def _newest_run(model: str | None, data: str | None) -> tuple[Path, dict[str, Any]] | None:

@@ -22,6 +22,7 @@ from nm_lightning import own_code
 from nm_lightning.batches import inputs_and_labels, length_of
 from nm_lightning.cli.arguments import UNSERIALIZED
 from nm_lightning.cli.errors import fail, one_line_errors
+from nm_lightning.cli.start import Start
 from nm_lightning.compression.files.checkpoint import check_weights, read
 from nm_lightning.data import build_data
 from nm_lightning.errors import InputError, first_line
@@ -29,6 +30,7 @@ from nm_lightning.measure import on_device
 from nm_lightning.models import register_own
 from nm_lightning.modules import ImageClassifier
 from nm_lightning.presets import CONFIGS
+from nm_lightning.reporting.lineage import Lineage, known_runs
 from nm_lightning.reporting.weights_and_biases import offline_without_account
 
 RUNS = Path("runs")
@@ -56,8 +58,10 @@ def run_folder(experiment: str | None, *parts: Mapping[str, Any]) -> str:
     return str(RUNS / (experiment or re.sub(r"[^\w.-]+", "_", "_".join(names))))
 
 
-def pretrained_transforms(model: str, weights: str | None) -> str | None:
-    """What the data module needs to know of pretrained weights."""
+def pretrained_transforms(model: str, weights: str | None, start: str | None) -> str | None:
+    """What the data module needs to know of pretrained weights, or of those that a checkpoint was trained from."""
+    if weights is None and start is not None:
+        return Start.at(start).data.get("transforms_of")
     return f"{model}:{weights}" if weights else None
 
 
@@ -117,9 +121,23 @@ class TrainCLI(LightningCLI):
         parser.add_argument("-c", "--config", action="config", help="a YAML file of these options")
         return parser
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: list[str] | None) -> None:
+        """What is started from says network and data, and `configs/finetune.yaml` the rest, where nothing else does."""
+        super().parse_arguments(parser, args)
+        self.start = Start.at(self.config["from"]) if self.config["from"] else None
+        if self.start is not None:
+            if self.own:
+                raise InputError("--from starts our own classifier: load the weights of your own network in its code")
+            parser.default_config_files = [str(CONFIGS / "finetune.yaml")]
+            parser.set_defaults(self.start.defaults())
+            super().parse_arguments(parser, args)
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Our own two options, and what is known from others."""
+        """Our own options, and what is known from others."""
         parser.add_argument("--experiment", type=str | None, help="name of the run's folder (<model>_<data>)")
+        parser.add_argument(
+            "--from", type=str | None, help="checkpoint to start from, compressed or not: its network, weights and data"
+        )
         parser.add_argument("--ckpt_path", type=str | None, help="checkpoint to resume from, such as runs/x/last.ckpt")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         best = {} if "model" in self.own else {"checkpoint.monitor": "val/accuracy", "checkpoint.mode": "max"}
@@ -134,7 +152,7 @@ class TrainCLI(LightningCLI):
         parts = ("experiment", "model", "data") if self.has_data else ("experiment", "model")
         parser.link_arguments(parts, "checkpoint.dirpath", run_folder)
         if not self.own:
-            parser.link_arguments(("model.name", "model.weights"), "data.transforms_of", pretrained_transforms)
+            parser.link_arguments(("model.name", "model.weights", "from"), "data.transforms_of", pretrained_transforms)
         if "model" not in self.own:
             parser.link_arguments("data", "model.num_classes", num_classes_of, apply_on="instantiate")
             parser.link_arguments("data", "model.input_shape", input_shape_of, apply_on="instantiate")
@@ -180,7 +198,7 @@ class TrainCLI(LightningCLI):
         if self.config["trainer"]["logger"] is None:
             kwargs["logger"] = CSVLogger(folder.parent, folder.name)
         trainer = super().instantiate_trainer(default_root_dir=folder, **kwargs)
-        trainer.callbacks.append(RandomState())
+        trainer.callbacks += [RandomState(), Lineage(known_runs(self.start.content) if self.start else [])]
         if trainer.checkpoint_callbacks:  # `save_last` would only follow the best
             trainer.callbacks.append(ModelCheckpoint(folder, "last", enable_version_counter=False))
         if trainer.loggers:
@@ -274,6 +292,7 @@ def check_resumable(ckpt_path: str, module: LightningModule) -> None:
     checkpoint = read(ckpt_path)
     if "optimizer_states" not in checkpoint:
         raise InputError(f"ckpt_path {ckpt_path!r} holds no state of a training run: give a run's last.ckpt")
+    module.on_load_checkpoint(checkpoint)  # one that was trained on after a compression is narrow
     check_weights(module, checkpoint["state_dict"], ckpt_path)
 
 
@@ -295,6 +314,8 @@ def main(arguments: list[str] | None = None) -> None:
             save_config_kwargs={"save_to_log_dir": False},
             parser_kwargs={"default_config_files": [] if own else [str(DEFAULT_CONFIG)]},
         )
+        if cli.start is not None:
+            cli.start.fill(cli.model)
         ckpt_path = cli.config["ckpt_path"]
         if ckpt_path:
             check_resumable(ckpt_path, cli.model)

@@ -58,6 +58,7 @@ class Compressor:
         recipe: whose scope, sites, number of images and seed apply to all that follow.
         calibration: see `compress`.
         strategy: see `compress`.
+        training: see `compress`.
         whole: sites that keep their neurons, with the reason, where it is known what reads them beside `forward`; by
             default all whose width a layer reads that `forward` does not call.
 
@@ -76,6 +77,7 @@ class Compressor:
         calibration: Inputs | Iterable | str | None = None,
         strategy: Any = None,
         whole: Mapping[str, str] | None = None,
+        training: Iterable | None = None,
     ):
         check_inputs(example_input)
         plain, notes = plain_copy(unwrapped(model))
@@ -86,12 +88,15 @@ class Compressor:
         self.skipped = self.unread.skipped | found.skipped | self.unread.whole
         images = Calibration(None, example_input)
         self.subject = Subject(plain, example_input, sites, images, recipe.seed)
-        self.look_at(calibration, strategy)
+        self.look_at(calibration, strategy, training)
 
-    def look_at(self, calibration: Inputs | Iterable | str | None, strategy: Any = None) -> None:
-        """Take other calibration images, and other ranks; see `compress`."""
+    def look_at(
+        self, calibration: Inputs | Iterable | str | None, strategy: Any = None, training: Iterable | None = None
+    ) -> None:
+        """Take other images, and other ranks; see `compress`."""
         size, seed = self.recipe.calibration_size, self.recipe.seed
         self.subject.calibration = Calibration(calibration, self.subject.example, size, seed, Ranks(strategy))
+        self.subject.training = training
         self.subject.computed.clear()
 
     @torch.inference_mode(False)
@@ -103,6 +108,8 @@ class Compressor:
             if asked != known:
                 raise InputError(f"{name} {asked!r}: the network was traced and its images drawn for {known!r}")
         subject.calibration.check(recipe)
+        if recipe.trains and subject.training is None:
+            raise InputError("finetune_on training: give training, a DataLoader")
         subject.remarks = []
         counts, skipped = recipe.budget.counts(subject), dict(self.skipped)
         while True:
@@ -140,6 +147,7 @@ def compress(
     calibration: Inputs | Iterable | str | None = None,
     recipe: Recipe | None = None,
     strategy: Any = None,
+    training: Iterable | None = None,
     **settings: Any,
 ) -> CompressionResult:
     """Make a trained network smaller without labels or training; prune and merge need no images either.
@@ -162,6 +170,8 @@ def compress(
         recipe: all of the above that is no image, in one; nothing else may be given then.
         strategy: of a Lightning `Trainer` or `Fabric` whose ranks all call this with the same network, each with its
             share of the calibration images; they all get the same result.
+        training: for `finetune_on="training"`: a DataLoader of training images, as long on every rank, augmented or
+            not; no labels are read.
         settings: by the names of compress.py's flags, such as `threshold`, `widths`, `sites`, `scope`, `refit` or
             `seed`; `recipe.settings()` lists them.
 
@@ -186,4 +196,4 @@ def compress(
         recipe = Recipe.of(method, criterion, budget=budget, then=then, **settings)
     elif settings or then or not (ratio is budget is None and (method, criterion) == ("merge", "l2-norm")):
         raise InputError("a recipe says it all: give no method, criterion, ratio, budget or setting beside it")
-    return Compressor(model, example_input, recipe, calibration, strategy)()
+    return Compressor(model, example_input, recipe, calibration, strategy, training=training)()

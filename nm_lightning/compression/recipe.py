@@ -106,6 +106,11 @@ class Recipe:
         parts = [self.method, self.criterion, *self.then, self.budget]
         return next((part.title for part in parts if part.looks), "")
 
+    @property
+    def trains(self) -> bool:
+        """Whether it takes all training images."""
+        return any(part.trains for part in self.then)
+
     def check_images(self, calibration: Any) -> None:
         """Raise `InputError` where synthetic images would lead astray: they say nothing of a network's predictions."""
         if isinstance(calibration, str) and calibration == SYNTHETIC and not self.criterion.synthetic:
@@ -157,6 +162,8 @@ def takes_settings(cls: type) -> type:
             type_, default = type_ | Literal["auto"], AUTO
         elif default is None:
             type_ = type_ | None
+        if name in parameters and parameters[name].annotation is not Any:
+            type_ = parameters[name].annotation  # the class takes more
         parameters[name] = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=type_)
         lines.append(f"        {name}: {own.metadata['help']}.")
     positional = inspect.Parameter.POSITIONAL_OR_KEYWORD

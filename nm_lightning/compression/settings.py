@@ -211,6 +211,11 @@ class Refinement(Part):
     looks = True
     turn: ClassVar[int] = 0
 
+    @property
+    def trains(self) -> bool:
+        """Whether it takes all training images, and not the calibration images."""
+        return False
+
 
 def settings_of(*parts: type) -> dict[str, Field]:
     """All settings of some dataclasses, by name; the first that has a setting describes it."""

@@ -11,12 +11,12 @@
 
 from collections.abc import Sequence
 
-from nm_lightning.data.base import DATA_SETS, ImageData
+from nm_lightning.data.base import DATA_SETS, ImageData, TrainingImages
 from nm_lightning.data.folders import ImageFolders
 from nm_lightning.data.small import CROPS, Small, SmallImages, register
 from nm_lightning.errors import InputError
 
-__all__ = ["DATA_SETS", "ImageData", "ImageFolders", "Small", "SmallImages", "build_data", "register"]
+__all__ = ["DATA_SETS", "ImageData", "ImageFolders", "Small", "SmallImages", "TrainingImages", "build_data", "register"]
 
 
 def build_data(

@@ -1,6 +1,6 @@
 """What all image data modules share: loaders of uint8 batches, normalised on the device."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ from pytorch_lightning import LightningDataModule
 from pytorch_lightning.overrides.distributed import UnrepeatedDistributedSampler
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.distributed import DistributedSampler
 
 from nm_lightning.compression.statistics.calibration import SYNTHETIC, batch_length, check_size, share
 from nm_lightning.compression.statistics.ranks import ALONE, Ranks
@@ -50,6 +51,7 @@ class ImageData(LightningDataModule):
         super().__init__()
         self.save_hyperparameters(settings, logger=False)  # its `name` is not the network's
         self.splits: dict[str, Dataset] = {}
+        self.augmenting = False
 
     def _set_normalisation(self, mean: Sequence[float], std: Sequence[float], channels: int) -> None:
         """The user's mean and std where given, else these."""
@@ -60,8 +62,8 @@ class ImageData(LightningDataModule):
 
     @property
     def training(self) -> bool:
-        """Whether the batches are those of the training set in a `fit`."""
-        return self.trainer is not None and self.trainer.training
+        """Whether the batches are those of the training set in a `fit`, or `TrainingImages`."""
+        return self.augmenting or (self.trainer is not None and self.trainer.training)
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled, an incomplete last batch left out."""
@@ -136,6 +138,43 @@ class ImageData(LightningDataModule):
             for values in (self.mean, self.std)
         )
         return images.float().div_(255).sub_(mean).div_(std)
+
+
+class TrainingImages:
+    """All training images as the network reads them in training, in batches of another order each time, no labels.
+
+    Args:
+        data: whose images.
+        device: where the batches are augmented.
+        ranks: that each have a share of them.
+        seed: of the order, over several ranks; else torch's.
+    """
+
+    def __init__(self, data: ImageData, device: torch.device | str = "cpu", ranks: Ranks = ALONE, seed: int = 0):
+        data.setup("fit")
+        self.data, self.device, self.passes = data, torch.device(device), 0
+        split, options = data.splits["train"], {"shuffle": True}
+        if ranks.size > 1:
+            self.sampler = DistributedSampler(split, ranks.size, ranks.rank, seed=seed)
+            options = {"sampler": self.sampler}
+        self.loader = data._loader("train", min(data.hparams.batch_size, len(split)), drop_last=True, **options)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        if hasattr(self, "sampler"):
+            self.sampler.set_epoch(self.passes)
+        self.passes += 1
+        self.data.augmenting = True
+        try:
+            for batch in self.loader:
+                images, _ = self.data.on_after_batch_transfer(
+                    self.data.transfer_batch_to_device(batch, self.device, 0), 0
+                )
+                yield images
+        finally:
+            self.data.augmenting = False
 
 
 def cutout(images: Tensor, size: int) -> Tensor:

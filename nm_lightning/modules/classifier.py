@@ -106,6 +106,12 @@ class ImageClassifier(Compressible, LightningModule):
             }
         )
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the checkpoint's widths; what was sliced has its channels last again."""
+        super().on_load_checkpoint(checkpoint)
+        if self.hparams.channels_last:
+            self.model.to(memory_format=torch.channels_last)
+
     @property
     def example_input(self) -> Tensor:
         """One empty image `(1, C, H, W)`."""

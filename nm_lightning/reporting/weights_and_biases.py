@@ -10,6 +10,7 @@ from typing import Any
 from requests.utils import get_netrc_auth
 
 from nm_lightning.compression.recipe import Recipe
+from nm_lightning.reporting.lineage import RUNS_KEY
 from nm_lightning.reporting.results import best_at_each_ratio, share_removed
 
 ROW = ("method", "criterion", "ratio", "removed", "accuracy", "parameters", "macs", "seconds", "checkpoint")
@@ -63,9 +64,12 @@ def log_invocation(
         recipes = [row["recipe"] for row in report["results"]]
         config |= _common([Recipe.from_dict(recipe).flat() for recipe in recipes])
         config |= {name: report[name] for name in known if report[name] is not None}
+        runs = report.get(RUNS_KEY, [])
+        config |= {RUNS_KEY: runs} if runs else {}
         config["recipe"] = recipes[0] if len(recipes) == 1 else recipes
         settings = wandb.Settings(silent=True, console="off")
-        options = {"job_type": "compress", "tags": list(tags), "config": config, "settings": settings}
+        group = runs[0]["id"] if runs and runs[0]["logger"] == "WandbLogger" else None  # with its training, in W&B
+        options = {"job_type": "compress", "group": group, "tags": list(tags), "config": config, "settings": settings}
         with wandb.init(project=project, entity=entity, name=report["title"], dir=folder.parent, **options) as run:
             log_compression(run, report, folder, original)
             where = f"{Path(run.dir).parent}, wandb sync sends it" if run.offline else run.url

@@ -388,3 +388,16 @@ def test_what_goes_wrong_under_way_is_one_line_and_the_last_result_stays(
     assert says in one_line(tmp_path / "out", capsys)
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_finetuning_on_all_training_images(workplace, tmp_path):
+    """Without labels, and better than on a few; the recipe says which."""
+    flags = ["--method", "prune", "--ratio", "0.8", "--finetune", "3"]
+    accuracy = []
+    for place in ("calibration", "training"):
+        compress.main([*flags, "--finetune_on", place, "--calibration_size", "64", "--output", str(tmp_path / place)])
+        found = report(tmp_path / place)
+        assert found["results"][0]["recipe"]["then"] == [{"name": "finetune", "epochs": 3, "images": place}]
+        assert ("calibration" in found) == (place == "calibration")
+        accuracy.append(found["results"][0]["accuracy"])
+    assert accuracy[1] > accuracy[0]

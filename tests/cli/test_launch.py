@@ -227,3 +227,19 @@ def test_what_no_launcher_can_start(flags, place):
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ") and flags[1] in line
     assert not (place / "never").exists()
+
+
+def test_two_ranks_finetune_on_all_training_images(place):
+    """Each has its share of them, and gradients are averaged: the network is one, and closer to the original."""
+    flags = ["--device", "cpu", "--devices", "2", "--method", "prune", "--ratio", "0.5"]
+    run(place, *flags, "--finetune", "2", "--finetune_on", "training", "--output", "tuned")
+    data = build_data("folder", data_dir=str(place / "images"), **DATA)
+    images = data.calibration_images("data", 200)
+    logits = []
+    for file in ("trained.ckpt", "single/prune_l2-norm_0.5.ckpt", "tuned/prune_l2-norm_0.5.ckpt"):
+        module = ImageClassifier.load_from_checkpoint(place / file, weights_only=True).eval()
+        with torch.no_grad():
+            logits.append((module(images) / 2).log_softmax(1))
+    original, pruned, tuned = logits
+    apart = [float((original.exp() * (original - other)).sum(1).mean()) for other in (pruned, tuned)]
+    assert apart[1] < 0.5 * apart[0]

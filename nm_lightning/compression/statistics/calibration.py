@@ -114,20 +114,20 @@ class Calibration:
             return share(images, batch_length(images.shape[1:]), self.ranks)
         several = isinstance(source, tuple) and isinstance(example, tuple) and isinstance(source[0], Tensor)
         if isinstance(source, (Tensor, Mapping)) or several:
-            return first(self._taken(source), self.size)
+            return first(self.taken(source), self.size)
         if not isinstance(source, Iterable):
             raise InputError(f"calibration is of type {type(source).__name__}: give a tensor or a DataLoader")
         size = -(-self.size // self.ranks.size)  # of this rank's loader
         parts, count = [], 0
         for batch in read(source):
-            parts.append(self._taken(batch))
+            parts.append(self.taken(batch))
             count += length(parts[-1])
             if count >= size:
                 break
         return first(joined(parts), size) if parts else first(example, 0)
 
-    def _taken(self, batch: Any) -> Inputs:
-        """The network's inputs in a batch."""
+    def taken(self, batch: Any) -> Inputs:
+        """The network's inputs in a batch of a loader."""
         single = isinstance(self.example, Tensor)
         found = inputs_and_labels(batch)[0] if single else taken_from(batch, self.example)
         leaves = [pytree.tree_flatten(each) for each in (self.example, found)]

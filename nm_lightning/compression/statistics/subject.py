@@ -1,6 +1,6 @@
 """The network that is to be compressed, with all that selection, methods and refinements may ask of it."""
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TypeVar
@@ -28,6 +28,7 @@ class Subject:
         sites: those to compress.
         calibration: its images.
         seed: of whatever is drawn.
+        training: all training images, in batches that are drawn and augmented anew each time, if there are any.
         remarks: what a reader of the result should know; whoever finds something adds to them.
         computed: by key, what was computed.
     """
@@ -37,6 +38,7 @@ class Subject:
     sites: Sequence[Site]
     calibration: Calibration
     seed: int = 0
+    training: Iterable | None = None
     remarks: list[str] = field(default_factory=list)
     computed: dict[Hashable, object] = field(default_factory=dict, repr=False)
 

@@ -63,13 +63,10 @@ def apply_plan(
         if layer.bias is None:
             layer.bias = nn.Parameter(layer.weight.new_zeros(length), requires_grad=layer.weight.requires_grad)
     tensors, changed = named_tensors(model), {}
-    for name, steps in plan.get("slices", {}).items():
+    for name in plan.get("slices", {}):
         if name not in tensors:
             raise InputError(f"the compressed checkpoint was made from another network: no tensor {name!r}")
-        tensor = tensors[name].detach()
-        for dim, groups, stays in steps:
-            tensor = _slice(name, before(name, dim, tensor), dim, groups, stays)
-        changed[name] = tensor
+        changed[name] = sliced(name, tensors[name].detach(), plan, before)
     replace_tensors(model, changed)
     for path, length in plan.get("attributes", {}).items():
         layer, _, attribute = path.rpartition(".")
@@ -77,6 +74,18 @@ def apply_plan(
         before = getattr(module, attribute)
         setattr(module, attribute, type(before)([length]) if isinstance(before, (tuple, list)) else length)
     return model
+
+
+def sliced(
+    name: str,
+    tensor: Tensor,
+    plan: Plan,
+    before: Callable[[str, int, Tensor], Tensor] = lambda name, dim, tensor: tensor,
+) -> Tensor:
+    """What stays of a tensor that is shaped like the one of that name, such as its momentum; see `apply_plan`."""
+    for dim, groups, stays in plan.get("slices", {}).get(name, []):
+        tensor = _slice(name, before(name, dim, tensor), dim, groups, stays)
+    return tensor
 
 
 def replace_tensors(model: nn.Module, values: Mapping[str, Tensor]) -> None:

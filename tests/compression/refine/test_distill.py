@@ -31,6 +31,53 @@ def test_finetuning_learns_the_originals_predictions(method, share):
         compress(model, x[:1], finetune=-1, **settings)
 
 
+class Drawn:
+    """Other images at each pass, as augmentation gives them, with labels that nobody may read."""
+
+    def __init__(self, size=256):
+        self.size, self.passes = size, []
+
+    def __len__(self):
+        return self.size // 64
+
+    def __iter__(self):
+        images_ = images(self.size) + 0.1 * torch.randn(self.size, 1, 1, 1)
+        self.passes.append(images_)
+        for batch in images_.split(64):
+            yield batch, None
+
+
+@pytest.mark.parametrize("method", ["prune", "merge"])
+def test_all_training_images_anew_each_epoch(method):
+    """No calibration images are needed, norms learn, and what is drawn follows the seed."""
+    model, x = lively(Residual()), images(256)
+    settings = {"method": method, "ratio": 0.5, "finetune_on": "training"}
+    loader = Drawn()
+    rough = compress(model, x[:1], method, ratio=0.5).model
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    fine, again = (compress(model, x[:1], finetune=20, training=loader, **settings).model for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert len(loader.passes) == 40
+    assert not torch.equal(loader.passes[0], loader.passes[1])
+    assert torch.equal(loader.passes[0], loader.passes[20])
+    assert torch.equal(fine(x), again(x))
+    assert not torch.equal(fine.blocks[0][1].running_mean, rough.blocks[0][1].running_mean)
+
+    def divergence(network):
+        with torch.no_grad():
+            pair = (network(x).log_softmax(1), model(x).log_softmax(1))
+        return float(F.kl_div(*pair, reduction="batchmean", log_target=True))
+
+    assert divergence(fine) < 0.8 * divergence(rough)
+    with pytest.raises(InputError, match="finetune_on training: give training, a DataLoader"):
+        compress(model, x[:1], finetune=1, **settings)
+    with pytest.raises(InputError, match="the loader has no length"):
+        compress(model, x[:1], finetune=1, training=iter([]), **settings)
+    with pytest.raises(InputError, match="unknown finetune_on 'all': choose from calibration, training"):
+        compress(model, x[:1], finetune=1, finetune_on="all")
+
+
 def test_a_forward_that_keeps_an_activation():
     """A kept activation has as many rows as the last batch: it is nothing that was learned."""
 
