@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 from nm_lightning.compression.graph.nodes import in_place
 from nm_lightning.compression.graph.numbers import Whole, numbered
 from nm_lightning.compression.graph.rules import RULES, plain, taught
+from nm_lightning.compression.structure.copies import containers_kept
 from nm_lightning.compression.structure.inputs import Inputs, arguments, first, tensors_in
 from nm_lightning.compression.structure.operations import CHANNEL_NORMS, MIXING_NORMS, assign_into, facts_of
 from nm_lightning.compression.structure.plan import named_tensors
@@ -112,7 +113,7 @@ class Recorder(TorchFunctionMode):
                 node = self._node("placeholder", name, (), {})
                 self.live.add(node)
                 self._keep(node, tensor)
-        with self._recording():
+        with containers_kept(self.root), self._recording():
             outputs = self.root(*args, **kwargs)
         leaves = tuple(leaf for leaf in leaves_of(outputs) if isinstance(leaf, Tensor))
         self._node("output", "output", (self._symbol(outputs if isinstance(outputs, Tensor) else leaves, []),), {})

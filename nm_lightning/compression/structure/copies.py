@@ -136,6 +136,19 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+@contextmanager
+def containers_kept(model: nn.Module) -> Iterator[None]:
+    """What the modules keep in dictionaries and lists of their own, as a cache of what they computed, is as before."""
+    held = [value for module in model.modules() for name, value in vars(module).items() if name not in TORCHS]
+    kept = [(value, copy.copy(value)) for value in held if type(value) in (dict, list, set)]
+    try:
+        yield
+    finally:
+        for value, before in kept:
+            value.clear()
+            value.extend(before) if isinstance(value, list) else value.update(before)
+
+
 def own_tensors(narrow: nn.Module, shared: Mapping[str, Tensor]) -> None:
     """Give a network memory of its own for each tensor that is still one of `shared`."""
     foreign = {id(tensor) for tensor in shared.values()}

@@ -331,3 +331,23 @@ def test_queries_that_share_keys_go_with_them():
     assert (result.model.q.out_features, result.model.k.out_features, result.model.v.out_features) == (16, 4, 4)
     with torch.no_grad():
         torch.testing.assert_close(result.model(TOKENS), masked(model, result, found.sites)(TOKENS))
+
+
+def test_what_a_module_keeps_of_one_run_is_not_met_in_the_next():
+    """A table that is computed once, and kept in a dictionary: the narrow network computes its own."""
+
+    class Keeps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.cache = nn.Linear(6, 12), nn.Linear(12, 3), {}
+            self.table = nn.Parameter(torch.randn(1, 12))
+
+        def forward(self, x):
+            if "table" not in self.cache:
+                self.cache["table"] = self.table * 2
+            return self.b(F.relu(self.a(x) + self.cache["table"]))
+
+    model, x = Keeps(), torch.randn(2, 6)
+    result = compress(model, x, ratio=0.5)
+    assert result.model.a.out_features == 6 and not model.cache
+    assert result.model(x).shape == model(x).shape
