@@ -26,7 +26,7 @@ from pytorch_lightning import Trainer, seed_everything
 from torch import nn
 
 from nm_lightning import compress
-from nm_lightning.cli.sources import open_source
+from nm_lightning.cli.sources import Asked, open_source
 from nm_lightning.compression import cost
 from nm_lightning.compression.refine.distill import RATES, distill
 from nm_lightning.data import TrainingImages
@@ -52,8 +52,8 @@ class Bench:
     """The trained network, its images, and what is made of it."""
 
     def __init__(self, data_dir: Path):
-        source = open_source(NETWORK, None, None, str(data_dir), None, 0)
-        self.module, self.data = source.module, source.data
+        loaders = open_source(Asked(NETWORK, data_dir=str(data_dir))).loaders
+        self.module, self.data = loaders.module, loaders.data
         self.data.setup("fit")
         self.calibration = self.data.calibration_images("data", 1024)
         self.starts: dict[tuple, nn.Module] = {}

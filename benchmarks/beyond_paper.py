@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from nm_lightning import compress
-from nm_lightning.cli.sources import open_source
+from nm_lightning.cli.sources import Asked, open_source
 from nm_lightning.compression import cost
 from nm_lightning.data import build_data
 from nm_lightning.measure import evaluate
@@ -80,10 +80,10 @@ class Bench:
             self.images, self.labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
         else:
             file, data = FILES[name]
-            source = open_source(str(checkpoints / file), name, data, str(data_dir), None, 0)
-            self.model, self.data = source.module.model, source.data
-            test = source.data.splits["test"]
-            self.images, self.labels = source.data.normalise(test.images), test.labels
+            source = open_source(Asked(str(checkpoints / file), name, data, str(data_dir)))
+            self.model, self.data = source.network, source.loaders.data
+            test = self.data.splits["test"]
+            self.images, self.labels = self.data.normalise(test.images), test.labels
         self.model.eval()
 
     def calibration(self, kind: str | None, seed: int) -> Tensor | None:

@@ -6,7 +6,7 @@ import yaml
 
 import compress
 from nm_lightning.cli import sources
-from nm_lightning.cli.sources import CHECKPOINTS, located, open_source
+from nm_lightning.cli.sources import CHECKPOINTS, Asked, located, open_source
 from nm_lightning.errors import InputError
 from nm_lightning.measure import evaluate
 from nm_lightning.modules import ImageClassifier
@@ -19,11 +19,11 @@ INDEX = yaml.safe_load((CHECKPOINTS / "index.yaml").read_text())
 def test_by_name_it_is_as_accurate_as_recorded(name, real_data):
     if not (real_data / name.rpartition("_")[2] / "test").is_dir():
         pytest.skip("real images are not unpacked: see .ci/run")
-    source = open_source(name, None, None, str(real_data), None, 0)
-    assert {value.dtype for value in source.module.state_dict().values()} <= {torch.float32, torch.int64}
-    test = source.data.splits["test"]
-    images, labels = source.data.normalise(test.images[::20]), test.labels[::20]
-    accuracy = evaluate(source.module, list(zip(images.split(100), labels.split(100), strict=True)))
+    source = open_source(Asked(name, data_dir=str(real_data)))
+    assert {value.dtype for value in source.network.state_dict().values()} <= {torch.float32, torch.int64}
+    data = source.loaders.data
+    images, labels = data.normalise(data.splits["test"].images[::20]), data.splits["test"].labels[::20]
+    accuracy = evaluate(source.network, list(zip(images.split(100), labels.split(100), strict=True)))
     assert abs(round(500 * accuracy) - INDEX[name]["every_20th"]) <= 1
     assert abs(accuracy - INDEX[name]["accuracy"]) < 0.05
 
