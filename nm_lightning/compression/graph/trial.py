@@ -3,7 +3,7 @@
 It is a copy without data. A site that fails is left alone, with the reason.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, fx, nn
@@ -16,6 +16,8 @@ from nm_lightning.compression.structure.inputs import Inputs, tensors_in
 from nm_lightning.compression.structure.plan import apply_plan, plan_sites
 from nm_lightning.compression.structure.sites import Site, Trace
 from nm_lightning.errors import first_line
+
+UNKNOWN = -1  # one of the sites
 
 
 def try_out(model: nn.Module, narrow: nn.Module, example: Inputs, facts: Facts, found: Trace) -> None:
@@ -30,16 +32,33 @@ def try_out(model: nn.Module, narrow: nn.Module, example: Inputs, facts: Facts, 
     """
     generator = torch.Generator().manual_seed(0)
     same = components(facts.total + 1, tied_pairs(facts))
+    fresh = [narrow]
+
+    def attempt(sites: list[Site]) -> dict[int, str]:
+        copy = fresh.pop() if fresh else (without_data if tensors_in(example)[0].is_meta else with_data)(model).eval()
+        keeps = {site.name: _some(site, generator) for site in sites}
+        apply_plan(copy, plan_sites(sites, keeps))
+        return _faults(copy, example, facts, same, *_survivors(facts, sites, keeps))
+
     while found.sites:
-        keeps = {site.name: _some(site, generator) for site in found.sites}
-        apply_plan(narrow, plan_sites(found.sites, keeps))
-        faults = _faults(narrow, example, facts, same, *_survivors(facts, found.sites, keeps))
-        if not faults:
+        blamed = _blamed(found.sites, attempt)
+        if not blamed:
             return
-        for number in sorted(faults, reverse=True):
-            site = found.sites.pop(number)
-            found.skipped |= {member.name: faults[number] for member in site.producers}
-        narrow = (without_data(model) if tensors_in(example)[0].is_meta else with_data(model)).eval()
+        for site in [site for site in found.sites if site.name in blamed]:
+            found.sites.remove(site)
+            found.skipped |= {member.name: blamed[site.name] for member in site.producers}
+
+
+def _blamed(sites: list[Site], attempt: Callable[[list[Site]], dict[int, str]]) -> dict[str, str]:
+    """The sites where a network narrowed at all of them goes wrong; by bisection where the failure does not tell."""
+    faults = attempt(sites)
+    if UNKNOWN not in faults:
+        return {sites[number].name: reason for number, reason in faults.items()}
+    if len(sites) == 1:
+        return {sites[0].name: faults[UNKNOWN]}
+    half = len(sites) // 2
+    blamed = _blamed(sites[:half], attempt) | _blamed(sites[half:], attempt)
+    return blamed or {site.name: faults[UNKNOWN] for site in sites[half:]}  # they fail together alone
 
 
 def _survivors(facts: Facts, sites: list[Site], keeps: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -58,7 +77,7 @@ def _survivors(facts: Facts, sites: list[Site], keeps: dict[str, Tensor]) -> tup
 def _faults(
     narrow: nn.Module, example: Inputs, facts: Facts, same: Tensor, stays: Tensor, home: Tensor
 ) -> dict[int, str]:
-    """The numbers of the sites where the narrow network goes wrong, each with what is wrong."""
+    """The numbers of the sites where the narrow network goes wrong, `UNKNOWN` for any, each with what is wrong."""
     given = {key: block[stays[block]] for key, block in facts.blocks.items()}
     seen = Facts()
     follower = Follower(narrow, seen, given, facts.members)
@@ -68,9 +87,9 @@ def _faults(
         failed = next((node for node in follower.graph.nodes if node not in follower.origins), None)
         if failed is None:  # the user's code raised between two operations, mostly by a size that it had compared
             touched = [_sites(home[owned(neurons)]) for neurons in _compared(follower)]
-            touched = next(filter(None, touched), _sites(home))
+            touched = next(filter(None, touched), [UNKNOWN])
             return dict.fromkeys(touched, f"a narrower network fails: {first_line(error)}")
-        touched = _sites(home[owned(_neurons_behind(follower, failed))]) or _sites(home)
+        touched = _sites(home[owned(_neurons_behind(follower, failed))]) or [UNKNOWN]
         return dict.fromkeys(touched, f"a narrower network fails at {failed}: {first_line(error)}")
     faults = {}
     for key, member in facts.members.items():
