@@ -218,7 +218,7 @@ def test_a_training_that_ends_too_early_is_refused(tmp_path):
 
 
 def test_a_schedule_needs_a_look_at_the_network_first(tmp_path, monkeypatch):
-    monkeypatch.setattr("nm_lightning.callbacks.first_of", lambda *_: None)
+    monkeypatch.setattr("nm_lightning.loaders.Loaders.first", lambda *_: None)
     with pytest.raises(InputError, match="no batch can be looked at before training: set example_input_array"):
         fit(tmp_path)
 
