@@ -7,6 +7,7 @@ a product ties the neurons that meet in it; an operation without a rule freezes 
 architecture is known by name.
 """
 
+import operator
 from dataclasses import replace
 from typing import Any
 
@@ -305,8 +306,27 @@ class Follower:
         return node.target(*args, **kwargs)
 
     def _hold_measured(self, size: fx.Node, reason: str) -> None:
-        for neurons, dim in self.measured(size):
-            self.hold(neurons, dim, reason)
+        """The number stays: what it was measured of does, or, of a head's length, whole runs of that length do."""
+        if size.target is operator.floordiv and self._counts_heads(size):
+            for neurons, dim in self.measured(size.args[0]):
+                if not constant(neurons, dim):
+                    runs = self.settle(neurons, dim).view(size.args[1], -1)
+                    self.tie(runs, runs[:, :1].expand_as(runs), reason)
+        elif size.op == "call_function" and isinstance(self.recorder.values.get(size), (int, float)):
+            for source in size.all_input_nodes:
+                self._hold_measured(source, reason)
+        else:
+            for neurons, dim in self.measured(size):
+                self.hold(neurons, dim, reason)
+
+    def _counts_heads(self, size: fx.Node) -> bool:
+        """Whether a number is a width divided by the number of heads that the module has as an attribute."""
+        width, count = size.args
+        if not isinstance(width, fx.Node) or not isinstance(count, int):
+            return False
+        module = self.module_named(size.meta["module"])
+        heads = {name for name, held in vars(module).items() if held == count and "head" in name} if module else set()
+        return bool(heads) and self.recorder.values[width] % count == 0
 
     def _hold_numbers(self, call: Call) -> None:
         """Sizes that enter values: a number of channels that scales them, say, can't change."""

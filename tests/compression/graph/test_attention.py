@@ -37,11 +37,14 @@ class Heads(nn.Module):
         qkv = qkv.reshape(batch, tokens, 3, self.num_heads, length).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)
         bias = self.table[self.places.view(-1)].view(tokens, tokens, -1).permute(2, 0, 1).contiguous().unsqueeze(0)
+        if self.kind == "share of the stream":
+            q = q * (channels // self.num_heads) ** -0.5  # by hand, as torchvision's Swin does
         if self.kind == "normalised":
             scores = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1) * self.scale.exp()
             mixed = (scores + bias).softmax(dim=-1) @ v
         else:
-            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+            scale = 1.0 if self.kind == "share of the stream" else None
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
         shape = channels if self.kind == "share of the stream" else -1
         return self.head((x + self.proj(mixed.transpose(1, 2).reshape(batch, tokens, shape))).mean(1))
 
