@@ -7,8 +7,8 @@
 ResNet-20 of checkpoints/ without half and without 70 % of each block's neurons, which leaves about 50 and 30 % of the
 MACs, begins from each method's weights, or from random ones at the same widths. With labels it is trained as
 configs/finetune.yaml says (from random weights as configs/resnet20_cifar10_fast.yaml), without as `--finetune_on
-training` does, each number of epochs a training of its own; in bfloat16, on 98 % of the training images. A run that was
-stopped goes on; what takes fewest epochs comes first.
+training` does, each number of epochs a training of its own; with labels in bfloat16, on 98 % of the training images. A
+run that was stopped goes on; what takes fewest epochs comes first.
 """
 
 import argparse
@@ -87,9 +87,8 @@ class Bench:
             )
             trainer.fit(module, self.data)
         elif epochs:
-            with torch.autocast(module.device.type, torch.bfloat16):
-                images = TrainingImages(self.data, module.device)
-                distill(module.model, self.module.model.eval(), images, epochs, 0, rate=RATES["training"], norms=True)
+            images = TrainingImages(self.data, module.device)
+            distill(module.model, self.module.model.eval(), images, epochs, 0, rate=RATES["training"], norms=True)
         seconds = time.perf_counter() - begin
         narrow = module.model.float()
         size = cost(narrow, self.module.example_input)
