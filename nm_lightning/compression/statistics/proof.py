@@ -136,7 +136,8 @@ def difference(
     if apart <= close:
         return apart, ""
     far = "has another shape" if apart == float("inf") else f"is {apart:.1e} of its scale off"
-    code = " or ".join(lines_before(graph_of(subject.model, subject.example), place, subject.model)) or "code"
+    graph = subject.once("graph", lambda: graph_of(subject.model, subject.example))
+    code = " or ".join(lines_before(graph, place, subject.model)) or "code"
     return apart, f"narrowed, {place} {far} from what it is masked: does {code} read the number or place of neurons?"
 
 
