@@ -1,14 +1,14 @@
 """What some epochs of training give back after a compression, with labels and without.
 
     python benchmarks/after_compression.py                  # all cells, hours on 2 cores; docs/after_compression.jsonl
-    python benchmarks/after_compression.py --epochs 0 1 --ratios 0.5
+    python benchmarks/after_compression.py --networks resnet20_cifar10 --epochs 0 1 --ratios 0.5
     python benchmarks/after_compression.py --table          # docs/after_compression.md and .png from the rows
 
-ResNet-20 of checkpoints/ without half and without 70 % of each block's neurons, which leaves about 50 and 30 % of the
-MACs, begins from each method's weights, or from random ones at the same widths. With labels it is trained as
-configs/finetune.yaml says (from random weights as configs/resnet20_cifar10_fast.yaml), without as `--finetune_on
-training` does, each number of epochs a training of its own; with labels in bfloat16, on 98 % of the training images. A
-run that was stopped goes on; what takes fewest epochs comes first.
+The networks of checkpoints/ without so many of each layer's neurons that about 50 and 30 % of the MACs are left begin
+from each method's weights, or from random ones at the same widths. With labels they are trained as
+configs/finetune.yaml says (from random weights as the network's own fast config), without as `--finetune_on training`
+does, each number of epochs a training of its own; with labels in bfloat16, on 98 % of the training images. A run that
+was stopped goes on; what takes fewest epochs comes first.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from own_checkpoints import machine
 from pytorch_lightning import Trainer, seed_everything
 from torch import nn
 
-from nm_lightning import compress
+from nm_lightning import compress, load, save
 from nm_lightning.cli.sources import Asked, open_source
 from nm_lightning.compression import cost
 from nm_lightning.compression.refine.distill import RATES, distill
@@ -35,8 +35,11 @@ from nm_lightning.modules import ImageClassifier
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-NETWORK = "resnet20_cifar10"
-RATIOS = (0.5, 0.7)
+STARTED = ROOT / "runs" / "after_compression"  # the compressed networks, kept from one call to the next
+NETWORKS = {  # title, accuracy of the original in %, ratios
+    "resnet20_cifar10": ("ResNet-20, CIFAR-10", 89.91, (0.5, 0.7)),
+    "vgg16_cifar100": ("VGG-16, CIFAR-100", 71.75, (0.29, 0.45)),
+}
 STARTS = {  # settings of `compress`
     "prune": {"method": "prune"},
     "merge": {"method": "merge"},
@@ -49,35 +52,37 @@ HOW = ("labels", "no labels")
 
 
 class Bench:
-    """The trained network, its images, and what is made of it."""
+    """A trained network, its images, and what is made of it."""
 
-    def __init__(self, data_dir: Path):
-        loaders = open_source(Asked(NETWORK, data_dir=str(data_dir))).loaders
-        self.module, self.data = loaders.module, loaders.data
+    def __init__(self, network: str, data_dir: Path):
+        loaders = open_source(Asked(network, data_dir=str(data_dir))).loaders
+        self.network, self.module, self.data = network, loaders.module, loaders.data
         self.data.setup("fit")
-        self.calibration = self.data.calibration_images("data", 1024)
-        self.starts: dict[tuple, nn.Module] = {}
         self.original = cost(self.module.model, self.module.example_input)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def start(self, ratio: float, start: str) -> nn.Module:
         """The narrow network before any training."""
-        if (ratio, start) not in self.starts:
+        file = STARTED / f"{self.network}_{start}_{ratio}.pt"
+        if not file.is_file():
             torch.manual_seed(0)
-            settings = {"ratio": ratio, "calibration": self.calibration, **STARTS[start]}
-            narrow = compress(self.module.model, self.module.example_input, **settings).model
-            for part in narrow.modules() if start == "random" else ():
+            settings = {"ratio": ratio, "calibration": self.data.calibration_images("data", 1024), **STARTS[start]}
+            result = compress(self.module.model, self.module.example_input, **settings)
+            for part in result.model.modules() if start == "random" else ():
                 if hasattr(part, "reset_parameters"):
                     part.reset_parameters()
-            self.starts[ratio, start] = narrow
-        return self.starts[ratio, start]
+            file.parent.mkdir(parents=True, exist_ok=True)
+            save(result, file)
+        return load(file, into=copy.deepcopy(self.module.model))
 
     def run(self, ratio: float, start: str, how: str, epochs: int) -> dict:
         """Train and measure."""
-        config = "resnet20_cifar10_fast" if start == "random" else "finetune"
+        config = f"{self.network}_fast" if start == "random" else "finetune"
         config = yaml.safe_load((ROOT / "configs" / f"{config}.yaml").read_text())
         seed_everything(0, verbose=False)
-        module = ImageClassifier(**{**self.module.hparams, "label_smoothing": 0.0, **config["model"]})
-        module.model = copy.deepcopy(self.start(ratio, start)).to(memory_format=torch.channels_last)
+        own = {name: value for name, value in config["model"].items() if name not in ("name", "label_smoothing")}
+        module = ImageClassifier(**{**self.module.hparams, "label_smoothing": 0.0, **own})
+        module.model = self.start(ratio, start).to(memory_format=torch.channels_last)
         self.data.hparams.update(config["data"])
         begin = time.perf_counter()
         if epochs and how == "labels":
@@ -87,12 +92,15 @@ class Bench:
             )
             trainer.fit(module, self.data)
         elif epochs:
-            images = TrainingImages(self.data, module.device)
-            distill(module.model, self.module.model.eval(), images, epochs, 0, rate=RATES["training"], norms=True)
+            original = self.module.model.to(self.device, memory_format=torch.channels_last).eval()
+            images = TrainingImages(self.data, self.device)
+            module.model.to(self.device)
+            distill(module.model, original, images, epochs, 0, rate=RATES["training"], norms=True)
         seconds = time.perf_counter() - begin
-        narrow = module.model.float()
-        size = cost(narrow, self.module.example_input)
+        narrow = module.model.to(self.device).float()
+        size = cost(narrow, self.module.example_input.to(self.device))
         return {
+            "network": self.network,
             "ratio": ratio,
             "macs": round(size.macs / self.original.macs, 3),
             "start": start,
@@ -104,29 +112,40 @@ class Bench:
         }
 
 
-def cells(ratios: list[float], epochs: list[int]) -> list[tuple]:
+def key(row: dict) -> tuple:
+    """Which cell a row is."""
+    return tuple(row[name] for name in ("network", "ratio", "start", "how", "epochs"))
+
+
+def cells(networks: list[str], ratios: list[float] | None, how: list[str], epochs: list[int]) -> list[tuple]:
     """What there is to run; without training there are no two ways."""
-    found = itertools.product(sorted(epochs), ratios, HOW, STARTS)
-    return [(ratio, start, how, count) for count, ratio, how, start in found if count or how == HOW[0]]
+    return [
+        (network, ratio, start, way, count)
+        for count, network in itertools.product(sorted(epochs), networks)
+        for ratio, way, start in itertools.product(ratios or NETWORKS[network][2], how, STARTS)
+        if count or way == HOW[0]
+    ]
 
 
 def page(rows: list[dict]) -> str:
-    """Markdown: a table for each ratio."""
-    found = {(row["ratio"], row["start"], row["how"], row["epochs"]): row for row in rows}
+    """Markdown: a table for each network and ratio."""
+    found = {key(row): row for row in rows}
     parts = [f"# After compression\n\n{__doc__.partition(chr(10) * 2)[2].partition(chr(10) * 2)[2].strip()}"]
-    parts += ["Accuracy in % on the full test set; the original has 89.91.", "![A line a start](after_compression.png)"]
-    for ratio in RATIOS:
-        macs = next((f": {row['macs']:.0%} of the MACs" for row in rows if row["ratio"] == ratio), "")
-        heads = " | ".join(f"{count} epochs" for count in EPOCHS)
-        lines = [f"## Ratio {ratio}{macs}", "", f"| start | trained with | {heads} |"]
-        lines.append("| --- | --- |" + " ---: |" * len(EPOCHS))
-        for start, how in itertools.product(STARTS, HOW):
-            shown = []
-            for count in EPOCHS:
-                row = found.get((ratio, start, how if count else HOW[0], count))
-                shown.append("not run" if row is None else f"{100 * row['accuracy']:.2f}")
-            lines.append(f"| {start} | {how} | " + " | ".join(shown) + " |")
-        parts.append("\n".join(lines))
+    parts += ["Accuracy in % on the full test set.", "![A line a start](after_compression.png)"]
+    for network, (title, accuracy, ratios) in NETWORKS.items():
+        for ratio in ratios:
+            macs = next((row["macs"] for row in rows if key(row)[:2] == (network, ratio)), None)
+            left = "" if macs is None else f", {macs:.0%} of the MACs"
+            heads = " | ".join(f"{count} epochs" for count in EPOCHS)
+            lines = [f"## {title} ({accuracy}): ratio {ratio}{left}", "", f"| start | trained with | {heads} |"]
+            lines.append("| --- | --- |" + " ---: |" * len(EPOCHS))
+            for start, how in itertools.product(STARTS, HOW):
+                shown = []
+                for count in EPOCHS:
+                    row = found.get((network, ratio, start, how if count else HOW[0], count))
+                    shown.append("not run" if row is None else f"{100 * row['accuracy']:.2f}")
+                lines.append(f"| {start} | {how} | " + " | ".join(shown) + " |")
+            parts.append("\n".join(lines))
     machines = "; ".join(dict.fromkeys(row["machine"] for row in rows))
     total = sum(row["seconds"] for row in rows) / 3600
     parts.append(f"Machine: {machines}, beside other work; {total:.1f} hours in all. One seed each.")
@@ -134,53 +153,63 @@ def page(rows: list[dict]) -> str:
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    """Accuracy over epochs, a panel for each ratio."""
+    """Accuracy over epochs, a panel for each network and ratio."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, panels = plt.subplots(1, len(RATIOS), figsize=(11, 4.6), dpi=130, layout="constrained", sharey=True)
-    for axes, ratio in zip(panels, RATIOS, strict=True):
-        for (number, start), (how, style) in itertools.product(enumerate(STARTS), zip(HOW, ("-", "--"), strict=True)):
-            own = [row for row in rows if (row["ratio"], row["start"]) == (ratio, start)]
-            points = sorted(
-                (row["epochs"], 100 * row["accuracy"]) for row in own if row["how"] == how or not row["epochs"]
-            )
-            if points:
-                label = f"{start}, {how}" if len(points) > 1 or how == HOW[0] else None
-                axes.plot(*zip(*points, strict=True), style, marker="o", markersize=4, color=f"C{number}", label=label)
-        axes.axhline(89.91, color="0.5", linewidth=1)
-        macs = next((row["macs"] for row in rows if row["ratio"] == ratio), 1 - ratio)
-        axes.set(xlabel="epochs of training", title=f"ResNet-20, CIFAR-10, {macs:.0%} of the MACs")
-        last = max([2, *(row["epochs"] for row in rows)])
-        axes.set(xlim=(-0.3, last + 0.3), xticks=[count for count in EPOCHS if count <= last])
-        if not any(row["ratio"] == ratio for row in rows):
-            axes.text(0.5, 0.5, "not run", transform=axes.transAxes, ha="center")
-        axes.grid(alpha=0.3)
-    panels[0].set_ylabel("test accuracy (%)")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=9)
+    figure, panels = plt.subplots(len(NETWORKS), 2, figsize=(11, 4 * len(NETWORKS)), dpi=130, layout="constrained")
+    for line, (network, (title, accuracy, ratios)) in zip(panels, NETWORKS.items(), strict=True):
+        for axes, ratio in zip(line, ratios, strict=True):
+            own = [row for row in rows if key(row)[:2] == (network, ratio)]
+            for (number, start), (how, style) in itertools.product(
+                enumerate(STARTS), zip(HOW, ("-", "--"), strict=True)
+            ):
+                points = sorted(
+                    (EPOCHS.index(row["epochs"]), 100 * row["accuracy"])
+                    for row in own
+                    if row["start"] == start and (row["how"] == how or not row["epochs"])
+                )
+                if len(points) > 1:
+                    label = f"{start}, {how}"
+                    axes.plot(*zip(*points, strict=True), style, marker="o", ms=4, color=f"C{number}", label=label)
+            axes.axhline(accuracy, color="0.5", linewidth=1)
+            macs = next((row["macs"] for row in own), 1 - ratio)
+            axes.set(xlabel="epochs of training", title=f"{title}, {macs:.0%} of the MACs")
+            axes.set(xticks=range(len(EPOCHS)), xticklabels=EPOCHS, ylim=(accuracy - 25, accuracy + 2))
+            if not own:
+                axes.text(0.5, 0.5, "not run", transform=axes.transAxes, ha="center")
+            axes.grid(alpha=0.3)
+        line[0].set_ylabel("test accuracy (%)")
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=9)
     figure.savefig(path)
 
 
 def main() -> None:
     """Run what is missing, then write page and plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ratios", nargs="+", type=float, default=list(RATIOS), help="some of them")
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="some of them")
+    parser.add_argument("--ratios", nargs="+", type=float, help="some of them")
     parser.add_argument("--epochs", nargs="+", type=int, default=list(EPOCHS), help="some of them")
     parser.add_argument("--starts", nargs="+", choices=STARTS, default=list(STARTS), help="some of them")
+    parser.add_argument("--how", nargs="+", choices=HOW, default=list(HOW), help="some of them")
     parser.add_argument("--data_dir", type=Path, default=Path("data"), help="where the images are")
     parser.add_argument("--output", type=Path, default=DOCS / "after_compression.jsonl", help="a line of JSON a row")
     parser.add_argument("--table", action="store_true", help="only write page and plot")
     args = parser.parse_args()
     warnings.filterwarnings("ignore", ".*does not have many workers")
     rows = [json.loads(line) for line in args.output.read_text().splitlines()] if args.output.is_file() else []
-    done = {(row["ratio"], row["start"], row["how"], row["epochs"]) for row in rows}
-    left = [] if args.table else [cell for cell in cells(args.ratios, args.epochs) if cell not in done]
-    left = [cell for cell in left if cell[1] in args.starts]
-    bench = Bench(args.data_dir) if left else None
-    for cell in left:
-        rows.append(bench.run(*cell))
+    done = {key(row) for row in rows}
+    wanted = [] if args.table else cells(args.networks, args.ratios, args.how, args.epochs)
+    benches: dict[str, Bench] = {}
+    for cell in wanted:
+        network, ratio, start, how, epochs = cell
+        if cell in done or start not in args.starts:
+            continue
+        if network not in benches:
+            benches[network] = Bench(network, args.data_dir)
+        rows.append(benches[network].run(ratio, start, how, epochs))
         print(json.dumps(rows[-1]), flush=True)
         with args.output.open("a") as file:
             file.write(json.dumps(rows[-1]) + "\n")

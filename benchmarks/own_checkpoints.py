@@ -58,6 +58,8 @@ def labels_of(number: int) -> list[str]:
 
 def machine() -> str:
     """What it ran on."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
     name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
     return f"{os.cpu_count()} cores of {name or platform.processor() or platform.machine()}, torch {torch.__version__}"
