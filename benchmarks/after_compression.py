@@ -56,17 +56,18 @@ class Bench:
 
     def __init__(self, network: str, data_dir: Path):
         loaders = open_source(Asked(network, data_dir=str(data_dir))).loaders
-        self.network, self.module, self.data = network, loaders.module, loaders.data
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.network, self.module, self.data = network, loaders.module.to(self.device), loaders.data
         self.data.setup("fit")
         self.original = cost(self.module.model, self.module.example_input)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def start(self, ratio: float, start: str) -> nn.Module:
         """The narrow network before any training."""
         file = STARTED / f"{self.network}_{start}_{ratio}.pt"
         if not file.is_file():
             torch.manual_seed(0)
-            settings = {"ratio": ratio, "calibration": self.data.calibration_images("data", 1024), **STARTS[start]}
+            images = self.data.calibration_images("data", 1024).to(self.device)
+            settings = {"ratio": ratio, "calibration": images, **STARTS[start]}
             result = compress(self.module.model, self.module.example_input, **settings)
             for part in result.model.modules() if start == "random" else ():
                 if hasattr(part, "reset_parameters"):
@@ -92,13 +93,13 @@ class Bench:
             )
             trainer.fit(module, self.data)
         elif epochs:
-            original = self.module.model.to(self.device, memory_format=torch.channels_last).eval()
+            original = self.module.model.to(memory_format=torch.channels_last).eval()
             images = TrainingImages(self.data, self.device)
             module.model.to(self.device)
             distill(module.model, original, images, epochs, 0, rate=RATES["training"], norms=True)
         seconds = time.perf_counter() - begin
         narrow = module.model.to(self.device).float()
-        size = cost(narrow, self.module.example_input.to(self.device))
+        size = cost(narrow, self.module.example_input)
         return {
             "network": self.network,
             "ratio": ratio,

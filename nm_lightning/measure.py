@@ -5,6 +5,7 @@ import time
 import timeit
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,9 +17,10 @@ from torch.utils.data.distributed import DistributedSampler
 
 from nm_lightning.batches import Key, hits, inputs_and_labels, logits_of, read, threshold_of
 from nm_lightning.compression import CompressionResult, Compressor, Recipe, Site, SiteReport, cost
+from nm_lightning.compression.files.quantize import OnnxFile
 from nm_lightning.compression.statistics.ranks import ALONE, Ranks
 from nm_lightning.compression.structure.copies import modes_kept
-from nm_lightning.compression.structure.inputs import Inputs, call, like, repeated, tensors_in
+from nm_lightning.compression.structure.inputs import Inputs, call, like, repeated, tensors_in, to
 from nm_lightning.compression.structure.vectors import neuron_vectors
 from nm_lightning.errors import InputError
 from nm_lightning.progress import progress
@@ -54,6 +56,16 @@ class Baseline:
     logged: dict[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Exported:
+    """A file as onnxruntime runs it on the CPU: its name, size, accuracy (a fraction, None without labels), latency."""
+
+    file: str
+    bytes: int
+    accuracy: float | None
+    latency: list[Latency]
+
+
 @dataclass
 class Result:
     """One cell of the grid.
@@ -78,6 +90,7 @@ class Result:
         latency: at each batch size, where it was measured.
         logged: by its own steps, where accuracy can't be told.
         command: of compress.py that gives this result again.
+        exported: its ONNX file and the one in 8 bits, where that was asked for.
     """
 
     method: str
@@ -98,6 +111,7 @@ class Result:
     latency: list[Latency] = field(default_factory=list)
     logged: dict[str, float] = field(default_factory=dict)
     command: str = ""
+    exported: list[Exported] = field(default_factory=list)
 
 
 @dataclass
@@ -161,6 +175,13 @@ class Measure:
             latency=self._latency(found.model),
             logged=self.own(found.model),
         )
+
+    def exported(self, path: Path) -> Exported:
+        """An ONNX file, by this process alone and on the CPU, whatever the networks are on."""
+        model, accuracy = OnnxFile(path), None
+        if self.loader is not None:
+            accuracy = evaluate(model, self.loader, self.data, "cpu", path.name, keys=self.keys)
+        return Exported(path.name, path.stat().st_size, accuracy, latency(model, to(self.example, "cpu")))
 
     def _accuracy(self, model: nn.Module, title: str) -> float | None:
         if self.loader is None:

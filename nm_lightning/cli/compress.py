@@ -67,6 +67,9 @@ def parser_of_flags() -> argparse.ArgumentParser:
     )
     parser.add_argument("--latency", action="store_true", help="time an image before and after, batches of 1 and 128")
     parser.add_argument("--export", nargs="+", default=[], help="pt2, onnx: each result as a file that runs elsewhere")
+    parser.add_argument(
+        "--quantize", help="int8: each result as an ONNX file, and as one in 8 bits, both measured by onnxruntime"
+    )
     parser.add_argument("--output", type=Path, help="folder for report, plot and checkpoints (a new one under runs/)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument("--devices", type=int, default=1, help="processes on each machine, a device for each (1)")
@@ -97,7 +100,8 @@ def main(arguments: list[str] | None = None) -> None:
         torch.manual_seed(seed)
         ratios = given.pop("ratio", None)
         words = source_words(args, parser_of_flags())
-        grid = Grid(args.method, args.criterion, ratios, given, args.calibration, args.latency, args.export, words)
+        files = {"export": args.export, "quantize": args.quantize}
+        grid = Grid(args.method, args.criterion, ratios, given, args.calibration, args.latency, source=words, **files)
         keys = tuple(int(key) if key and key.lstrip("-").isdigit() else key for key in (args.input_key, args.label_key))
         weights = {"weights": args.weights, "seed": seed, "arguments": args.arguments, "keys": keys}
         source = open_source(Asked(args.checkpoint, args.model, args.data, args.data_dir, **weights))

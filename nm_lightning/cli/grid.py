@@ -24,6 +24,7 @@ from nm_lightning.compression import CompressionResult, Compressor, Recipe
 from nm_lightning.compression.files.checkpoint import sha256, write
 from nm_lightning.compression.files.export import FORMATS, check_format, export
 from nm_lightning.compression.files.partial import alone, hold, reason, sweep
+from nm_lightning.compression.files.quantize import check_kind, quantize
 from nm_lightning.compression.statistics.ranks import Ranks
 from nm_lightning.compression.structure.inputs import length
 from nm_lightning.compression.structure.plan import compose, prefixed
@@ -51,6 +52,7 @@ class Grid:
         calibration: `data`, `synthetic`, or a folder of images.
         latency: whether to measure it.
         export: formats of further files.
+        quantize: `int8` for one more in 8 bits, measured beside the ONNX file that it is made of.
         source: words of the command line that say what is compressed, for the command of each result.
     """
 
@@ -61,6 +63,7 @@ class Grid:
     calibration: str = "data"
     latency: bool = False
     export: Sequence[str] = ()
+    quantize: str | None = None
     source: Sequence[str] = ()
 
     def recipes(self, model: str, data: str) -> list[Recipe]:
@@ -103,8 +106,11 @@ def run_grid(source: Source, grid: Grid, output: Path, fabric: Fabric, command: 
         InputError: a setting that does not fit, found before anything is evaluated.
     """
     console, recipes = get_console(), grid.recipes(source.name, source.data_name)
-    for name_of_format in grid.export:
+    formats = dict.fromkeys([*grid.export, *(["onnx"] if grid.quantize else [])])
+    for name_of_format in formats:
         check_format(name_of_format)
+    if grid.quantize:
+        check_kind(grid.quantize)
     network, compressor, ranks, about = started(source, grid, recipes, fabric)
     example = compressor.subject.example
 
@@ -123,8 +129,12 @@ def run_grid(source: Source, grid: Grid, output: Path, fabric: Fabric, command: 
             if folder is None:
                 continue
             _save_checkpoint(folder / file, source, compressed)
-            for ending in grid.export:
-                export(compressed.model, example, (folder / file).with_name(file.removesuffix("ckpt") + ending))
+            files = {ending: folder / (file.removesuffix("ckpt") + ending) for ending in formats}
+            for path in files.values():
+                export(compressed.model, example, path)
+            if grid.quantize:
+                small = quantize(files["onnx"], compressor.subject.batches, grid.quantize)
+                result.exported = [measure.exported(path) for path in (files["onnx"], small)]
         odd_widths(baseline, results, network)
         if not source.by.labelled and not baseline.logged:
             notes.append("accuracy was not measured: it needs batches of inputs and class labels, and logits")
@@ -175,7 +185,7 @@ def started(
     ranks, calibration = Ranks(fabric.strategy), None
     get_console().quiet |= ranks.rank > 0
     about = {"title": source.title, "model": source.name, "data": source.data_name, "origin": source.origin}
-    if any(recipe.looks for recipe in recipes):
+    if grid.quantize or any(recipe.looks for recipe in recipes):
         size, seed = recipes[0].calibration_size, recipes[0].seed
         calibration = loaders.images(grid.calibration, size, seed, ranks)
     training = loaders.training_inputs(ranks) if any(recipe.trains for recipe in recipes) else None

@@ -7,7 +7,7 @@ from nm_lightning.compression.recipe import Recipe
 from nm_lightning.compression.report import by_reason, several
 from nm_lightning.errors import InputError
 from nm_lightning.reporting.chart import single, svg
-from nm_lightning.reporting.results import featured, percent, short
+from nm_lightning.reporting.results import exported, featured, percent, short
 
 ENVIRONMENT = Environment(
     loader=PackageLoader("nm_lightning.reporting"),
@@ -32,6 +32,7 @@ def as_callback(row: dict) -> str:
 
 ENVIRONMENT.filters |= {
     "as_callback": as_callback,
+    "exported": exported,
     "percent": percent,
     "short": short,
     "by_reason": by_reason,

@@ -80,6 +80,18 @@ def print_table(console: Console, report: dict) -> None:
             f"{row['seconds']:.2f}",
         )
     console.print(table)
+    files = exported(report)
+    if files:
+        table = Table("file, by onnxruntime", "MB", "accuracy %", "ms/image", box=box.SIMPLE_HEAD, pad_edge=False)
+        for entry in files:
+            size, each = f"{entry['bytes'] / 1e6:.2f}", f"{entry['latency'][0]['median']:.2f}"
+            table.add_row(entry["file"], size, percent(entry["accuracy"]), each)
+        console.print(table)
+
+
+def exported(report: dict) -> list[dict]:
+    """The files that were measured, a row each."""
+    return [entry for row in report["results"] for entry in row["exported"]]
 
 
 def percent(fraction: float | None) -> str:

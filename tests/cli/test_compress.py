@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from nm_lightning.cli import compress, grid
+from nm_lightning.compression.files.quantize import OnnxFile
 from nm_lightning.data import build_data
 from nm_lightning.models import build_model
 from nm_lightning.modules import ImageClassifier, evaluate
@@ -106,6 +107,20 @@ def test_exports_predict_the_same(workplace, tmp_path):
             images, labels = data.on_after_batch_transfer(batch, 0)
             right, total = right + int((network(images).argmax(1) == labels).sum()), total + len(labels)
         assert right / total == row["accuracy"]
+
+
+def test_eight_bits_are_smaller_and_measured(workplace, tmp_path):
+    compress.main(["--ratio", "0.5", "--quantize", "int8", "--output", str(tmp_path / "out")])
+    row = report(tmp_path / "out")["results"][0]
+    wide, small = row["exported"]
+    assert wide["accuracy"] == row["accuracy"]
+    assert small["bytes"] < 0.4 * wide["bytes"]
+    assert small["accuracy"] > row["accuracy"] - 0.02
+    data, network = build_data("digits"), OnnxFile(tmp_path / "out" / small["file"])
+    data.setup("test")
+    assert evaluate(network, data.test_dataloader(), data) == small["accuracy"]
+    for page in ("report.html", "report.md"):
+        assert small["file"] in (tmp_path / "out" / page).read_text()
 
 
 @pytest.mark.parametrize("calibration", ["data", "synthetic", "photos"])
@@ -216,6 +231,7 @@ def test_imagenet_for_real(real_data, tmp_path):
         (["--criterion", "l3-norm"], "unknown criterion 'l3-norm'"),
         (["--scope", "some"], "unknown scope 'some'"),
         (["--export", "pdf"], "unknown export 'pdf'"),
+        (["--quantize", "int1"], "unknown quantize 'int1'"),
         (["--formulation", "mine"], "unknown formulation 'mine'"),
         (["--implementation", "mine"], "unknown implementation 'mine'"),
         (["--ratio", "1"], "ratio 1.0"),
