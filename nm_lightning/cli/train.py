@@ -1,5 +1,6 @@
 """Train an image classifier, one of ours or the user's own; thin: Lightning's CLI, and where its files go."""
 
+import os
 import re
 import sys
 import warnings
@@ -20,6 +21,7 @@ from pytorch_lightning.utilities.model_helpers import is_overridden
 
 from nm_lightning import own_code
 from nm_lightning.batches import inputs_and_labels, length_of
+from nm_lightning.cli import precision
 from nm_lightning.cli.arguments import UNSERIALIZED
 from nm_lightning.cli.errors import fail, one_line_errors
 from nm_lightning.cli.start import Start
@@ -138,6 +140,13 @@ class TrainCLI(LightningCLI):
         parser.add_argument(
             "--from", type=str | None, help="checkpoint to start from, compressed or not: its network, weights and data"
         )
+        if "model" not in self.own:
+            parser.add_argument(
+                "--time_precision",
+                type=bool,
+                default=False,
+                help="where no precision is given, take bf16-mixed if a step is faster in it than in float32",
+            )
         parser.add_argument("--ckpt_path", type=str | None, help="checkpoint to resume from, such as runs/x/last.ckpt")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         best = {} if "model" in self.own else {"checkpoint.monitor": "val/accuracy", "checkpoint.mode": "max"}
@@ -192,11 +201,24 @@ class TrainCLI(LightningCLI):
             names = " or ".join(self.config[part]["class_path"] for part in sorted(self.own))
             raise InputError(f"{names} can't be built: {type(cause).__name__}: {first_line(cause)}") from error
 
+    def _precision(self) -> str:
+        """The faster one for this network, and a line of it; over several ranks, which would each decide, float32."""
+        trainer, chosen = self.config["trainer"], precision.FULL
+        says = f"precision {chosen}: steps are timed in a single process only; give --trainer.precision bf16-mixed"
+        if _alone(trainer):
+            gpu = torch.cuda.is_available() and trainer["accelerator"] != "cpu"
+            images = torch.zeros(self.datamodule.hparams.get("batch_size", 128), *self.model.hparams.input_shape)
+            chosen, says = precision.faster(self.model, images, "cuda" if gpu else "cpu")
+        rank_zero_only(print)(says)
+        return chosen
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A CSV logger in the run's folder (a new `version_<n>` each time), where no other logger is asked for."""
         folder = Path(self.config["checkpoint"]["dirpath"])
         if self.config["trainer"]["logger"] is None:
             kwargs["logger"] = CSVLogger(folder.parent, folder.name)
+        if self.config.get("time_precision") and self.config["trainer"]["precision"] is None:
+            kwargs["precision"] = self.config["trainer"]["precision"] = self._precision()
         trainer = super().instantiate_trainer(default_root_dir=folder, **kwargs)
         trainer.callbacks += [RandomState(), Lineage(known_runs(self.start.content) if self.start else [])]
         if trainer.checkpoint_callbacks:  # `save_last` would only follow the best
@@ -205,6 +227,12 @@ class TrainCLI(LightningCLI):
             images = ThroughputMonitor(length_of, window_size=10)
             trainer.callbacks += [LearningRateMonitor("epoch"), images]
         return trainer
+
+
+def _alone(trainer: Mapping[str, Any]) -> bool:
+    """Whether a Trainer with these arguments is one process on one device."""
+    several = trainer["devices"] not in ("auto", "1", 1) or trainer["num_nodes"] > 1 or "WORLD_SIZE" in os.environ
+    return not several and (trainer["devices"] != "auto" or torch.cuda.device_count() <= 1)
 
 
 def num_classes_of(data: LightningDataModule) -> int:
