@@ -1,7 +1,7 @@
 """compress.py on the networks that this project trained: the tables of docs/results.md, a command for each row.
 
     python benchmarks/own_checkpoints.py                          # those in checkpoints/, hours on 2 cores
-    python benchmarks/own_checkpoints.py vgg16_cifar10 --checkpoints DIR     # DIR/vgg16_cifar10.ckpt
+    python benchmarks/own_checkpoints.py alexnet_cifar100 --checkpoints DIR  # DIR/alexnet_cifar100.ckpt
     python benchmarks/own_checkpoints.py --table                  # docs/results.md from docs/own_checkpoints.jsonl
 
 Each command is run as it stands, on the full test set, and gives one line of JSON for each of its rows. A run that was
@@ -38,8 +38,10 @@ COMMANDS = (
 NETWORKS = {  # title, what leaves
     "vgg16_cifar100": ("VGG-16 on CIFAR-100", {"published widths": ""}),
     "resnet20_cifar10": ("ResNet-20 on CIFAR-10", {"0.3": "--ratio 0.3", "0.5": "--ratio 0.5"}),
-    "vgg16_cifar10": ("VGG-16 on CIFAR-10", {"published widths": ""}),
-    "wide_resnet_40_4_cifar10": ("WideResNet-40-4 on CIFAR-10", {"0.3": "--ratio 0.3", "0.5": "--ratio 0.5"}),
+    "alexnet_cifar100": (
+        "AlexNet on CIFAR-100, its two hidden Linears",
+        {f"{ratio}": f"--ratio {ratio}" for ratio in (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)},
+    ),
 }
 
 
