@@ -1,7 +1,7 @@
 """What some epochs of training give back after a compression, with labels and without.
 
     python benchmarks/after_compression.py                  # all cells, hours on 2 cores; docs/after_compression.jsonl
-    python benchmarks/after_compression.py --networks resnet20_cifar10 --epochs 0 1 --ratios 0.5
+    python benchmarks/after_compression.py --networks resnet20_30_epochs_cifar10 --epochs 0 1 --ratios 0.5
     python benchmarks/after_compression.py --table          # docs/after_compression.md and .png from the rows
 
 The networks of checkpoints/ without so many of each layer's neurons that about 50 and 30 % of the MACs are left begin
@@ -37,7 +37,7 @@ ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 STARTED = ROOT / "runs" / "after_compression"  # the compressed networks, kept from one call to the next
 NETWORKS = {  # title, accuracy of the original in %, ratios
-    "resnet20_cifar10": ("ResNet-20, CIFAR-10", 89.91, (0.5, 0.7)),
+    "resnet20_30_epochs_cifar10": ("ResNet-20, CIFAR-10", 89.91, (0.5, 0.7)),
     "vgg16_cifar100": ("VGG-16, CIFAR-100", 71.75, (0.29, 0.45)),
 }
 STARTS = {  # settings of `compress`
@@ -78,7 +78,7 @@ class Bench:
 
     def run(self, ratio: float, start: str, how: str, epochs: int) -> dict:
         """Train and measure."""
-        config = f"{self.network}_fast" if start == "random" else "finetune"
+        config = f"{self.network.replace('30_epochs_', '')}_fast" if start == "random" else "finetune"
         config = yaml.safe_load((ROOT / "configs" / f"{config}.yaml").read_text())
         seed_everything(0, verbose=False)
         own = {name: value for name, value in config["model"].items() if name not in ("name", "label_smoothing")}
