@@ -1,5 +1,9 @@
-"""The table of compress.py's flags, from the parser itself: `python docs/flags.py` writes it into docs/compress.md."""
+"""What compress.py's flags are, from the settings themselves: `python docs/flags.py` writes it for parser and reader.
 
+That is settings.json, which the parser reads, and the table in docs/compress.md.
+"""
+
+import json
 import re
 import sys
 from pathlib import Path
@@ -8,6 +12,7 @@ DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS.parent))
 
 from nm_lightning.cli.compress import parser_of_flags  # noqa: E402
+from nm_lightning.cli.flags import TABLE, described  # noqa: E402
 
 
 def table() -> str:
@@ -20,7 +25,13 @@ def table() -> str:
     return "\n".join(rows) + "\n"
 
 
+def settings() -> str:
+    """The settings as JSON."""
+    return json.dumps(described(), indent=2) + "\n"
+
+
 if __name__ == "__main__":
+    TABLE.write_text(settings())
     page = DOCS / "compress.md"
     page.write_text(
         re.sub(r"^\| flag \|.*?\n(?=\n)", lambda _: table(), page.read_text(), flags=re.DOTALL | re.MULTILINE)

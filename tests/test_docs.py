@@ -57,6 +57,7 @@ def test_the_flags_table_is_the_parsers():
     flags = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(flags)
     assert flags.table() in (ROOT / "docs" / "compress.md").read_text()
+    assert flags.settings() == flags.TABLE.read_text()
 
 
 def test_a_wheel_holds_every_package():

@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
-
 from nm_lightning.errors import InputError, RankLost
 
 alike = True  # whether the processes of one machine meet the same errors, so that the first of them says it for all
@@ -32,6 +30,12 @@ class OneLineParser(argparse.ArgumentParser):
         fail(f"{message} (see --help)")
 
 
+def _is_bad_input(error: BaseException) -> bool:
+    """Ours, or Lightning's, which need not have been imported."""
+    lightning = sys.modules.get("pytorch_lightning.utilities.exceptions")
+    return isinstance(error, (InputError, *([lightning.MisconfigurationException] if lightning else [])))
+
+
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """Turn `InputError` into one line, and a termination signal into an ordinary exit that cleans up."""
@@ -43,14 +47,14 @@ def one_line_errors() -> Iterator[None]:
     before: Callable | int | None = signal.signal(signal.SIGTERM, terminate)
     try:
         yield
-    except (InputError, MisconfigurationException) as error:
+    except InputError as error:
         fail(str(error))
     except RankLost as error:
         alike = True
         fail(str(error), status=1)
     except Exception as error:
         cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, InputError):
+        while cause is not None and not _is_bad_input(cause):
             cause = cause.__cause__ or cause.__context__
         if cause is None:
             raise

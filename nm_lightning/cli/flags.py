@@ -1,45 +1,73 @@
-"""The recipe's settings as flags of a command line."""
+"""The recipe's settings as flags of a command line.
+
+`settings.json` beside this file says them as the settings themselves do, so that `--help` and bad flags are answered
+before torch is imported; `python docs/flags.py` writes it.
+"""
 
 import argparse
+import json
+import sys
 import types
 import typing
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from nm_lightning.cli.errors import fail
-from nm_lightning.compression.recipe import Recipe, settings
-from nm_lightning.compression.settings import default_of
 
+if typing.TYPE_CHECKING:
+    from nm_lightning.compression import Recipe
+
+TABLE = Path(__file__).with_name("settings.json")
 SOURCE = ("checkpoint", "model", "data", "data_dir", "weights", "input_key", "label_key")
 SOURCE += ("calibration", "latency", "device")
 SEVERAL = ("ratio", "widths", "sites")  # a flag of several words
 ALIASES = {"lamda": ("--lambda",)}
+WORDS = {"bool": None, "float": float, "int": int, "str": str}  # the type of one word; a bool has none
+
+
+def described() -> dict[str, Any]:
+    """The settings themselves, for the table: names of methods and criteria, and each setting's help and type."""
+    from nm_lightning.compression.recipe import settings
+    from nm_lightning.compression.settings import Criterion, Method, default_of
+
+    found = {}
+    for name, own in settings().items():
+        shown = "" if default_of(own) is None or own.type is bool else f" ({default_of(own)})"
+        found[name] = {"help": own.metadata["help"] + shown, "type": _word(own.type)}
+    return {"method": list(Method.known), "criterion": list(Criterion.known), "settings": found}
+
+
+def known() -> dict[str, Any]:
+    """The table; what the settings say where they are imported anyway, the user's own among them."""
+    imported = "nm_lightning.compression.recipe" in sys.modules
+    return described() if imported else json.loads(TABLE.read_text())
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """A flag for each setting, its help and type from the setting itself; `None` where it is not given."""
-    for name, own in settings().items():
-        shown = "" if default_of(own) is None or own.type is bool else f" ({default_of(own)})"
-        options: dict[str, Any] = {"default": None, "help": own.metadata["help"] + shown}
-        if own.type is bool:
+    for name, own in known()["settings"].items():
+        options: dict[str, Any] = {"default": None, "help": own["help"]}
+        if own["type"] == "bool":
             options["action"] = "store_true"
         else:
-            options |= {"type": _word(own.type), "nargs": "+" if name in SEVERAL else None}
+            options |= {"type": WORDS[own["type"]], "nargs": "+" if name in SEVERAL else None}
         parser.add_argument(f"--{name}", *ALIASES.get(name, ()), **options)
 
 
 def given_settings(args: argparse.Namespace) -> dict[str, Any]:
     """The settings that were given, by name."""
-    given = {name: getattr(args, name) for name in settings() if getattr(args, name) is not None}
+    found = {name: getattr(args, name, None) for name in known()["settings"]}
+    given = {name: value for name, value in found.items() if value is not None}
     if "widths" in given:
         given["widths"] = parse_widths(given["widths"])
     return given
 
 
-def _word(kind: Any) -> type:
+def _word(kind: Any) -> str:
     """The type of one word of a value."""
     united = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    return next((kind for kind in (float, int) if kind in united), str)
+    return next((kind.__name__ for kind in (bool, float, int) if kind in united), "str")
 
 
 def parse_widths(words: Sequence[str]) -> list[int] | dict[str, int]:
@@ -83,14 +111,17 @@ def source_words(args: argparse.Namespace, parser: argparse.ArgumentParser) -> l
     ]
 
 
-def recipe_words(recipe: Recipe, preset: Collection[str] = ()) -> list[str]:
+def recipe_words(recipe: "Recipe", preset: Collection[str] = ()) -> list[str]:
     """The flags that ask for a recipe; defaults are left out, but for what a preset would say otherwise."""
-    values, known = recipe.flat(), settings()
+    from nm_lightning.compression.recipe import settings
+    from nm_lightning.compression.settings import default_of
+
+    values, fields = recipe.flat(), settings()
     if isinstance(values.get("widths"), Sequence):
         values.pop("ratio", None)  # it has no say
     words = ["--method", recipe.method.label, "--criterion", recipe.criterion.label]
     for name, value in values.items():
-        if name == "ratio" or name in preset or value != default_of(known[name]):
+        if name == "ratio" or name in preset or value != default_of(fields[name]):
             words += _flag(name, value)
     return words
 

@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-import yaml
-
 from nm_lightning.errors import InputError
 
 
@@ -13,6 +11,8 @@ def flags_of(path: Path) -> list[str]:
     Raises:
         InputError: no sweep file, or one whose parameters are ranges to draw from.
     """
+    import yaml
+
     try:
         parameters = yaml.safe_load(path.read_text())["parameters"].items()
     except OSError as error:

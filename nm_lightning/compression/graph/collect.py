@@ -5,8 +5,6 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 from torch import Tensor, fx
 
 from nm_lightning.compression.graph.follow import Follower
@@ -74,6 +72,9 @@ def components(count: int, pairs: list[Tensor]) -> Tensor:
     >>> components(4, [torch.tensor([[0, 3], [1, 3]])])
     tensor([0, 0, 1, 2])
     """
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.csgraph import connected_components
+
     edges = torch.cat(pairs, dim=1).numpy() if pairs else np.zeros((2, 0), dtype=np.int64)
     graph = coo_matrix((np.ones(edges.shape[1]), (edges[0], edges[1])), shape=(count, count))
     return torch.from_numpy(connected_components(graph, directed=False)[1]).long()

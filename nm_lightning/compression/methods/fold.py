@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from sklearn.cluster import KMeans
 from torch import Tensor
 
 from nm_lightning.compression.settings import Method
@@ -59,6 +58,8 @@ def cluster(vectors: Tensor, width: int, seed: int = 0) -> Tensor:
     >>> cluster(torch.tensor([[0.0], [5.0], [0.1], [5.2]]), 2).tolist() in ([0, 1, 0, 1], [1, 0, 1, 0])
     True
     """
+    from sklearn.cluster import KMeans  # it takes as long as torch to import
+
     distinct = len(vectors.unique(dim=0))
     if distinct < width:  # k-means wants as many points as clusters
         vectors = torch.cat([vectors, torch.arange(len(vectors)).to(vectors)[:, None] * 1e-6], dim=1)

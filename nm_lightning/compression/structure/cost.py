@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.func import functional_call
-from torch.utils.flop_counter import FlopCounterMode
 
 from nm_lightning.compression.structure.copies import modes_kept
 from nm_lightning.compression.structure.inputs import Inputs, arguments, first
@@ -30,6 +29,8 @@ def cost(model: nn.Module, example_input: Inputs) -> Cost:
     >>> cost(nn.Linear(4, 2), torch.zeros(1, 4))
     Cost(parameters=10, macs=8)
     """
+    from torch.utils.flop_counter import FlopCounterMode  # it brings Triton along
+
     constants = {name: tensor.detach() for name, tensor in model.named_parameters()}
     with modes_kept(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
         model.eval()
