@@ -118,12 +118,17 @@ def close(first: Tensor, second: Tensor, tolerance: float) -> bool:
     return bool((first - second).abs().max() <= tolerance * second.abs().max())
 
 
-def torch_pruning(model: nn.Module, images: Tensor) -> dict:
-    """The same cut by torch-pruning."""
+def logits(outputs: object) -> Tensor:
+    """The tensor, or the classes' part of what transformers returns."""
+    return outputs if isinstance(outputs, Tensor) else outputs.logits
+
+
+def torch_pruning(model: nn.Module, images: Tensor, timer: Callable = timed) -> dict:
+    """The same cut by torch-pruning; `timer` runs it and returns the seconds and the network."""
     import torch_pruning as tp
 
     before = cost(without_data(model), images.to("meta"))
-    classes = model(images[:1]).shape[1]
+    classes = logits(model(images[:1])).shape[1]
     heads = [m for m in model.modules() if classes in (getattr(m, "out_features", 0), getattr(m, "out_channels", 0))]
 
     def pruned() -> nn.Module:
@@ -134,9 +139,9 @@ def torch_pruning(model: nn.Module, images: Tensor) -> dict:
         pruner.step()
         return narrow
 
-    seconds, model = timed(pruned)
+    seconds, model = timer(pruned)
     with torch.no_grad():
-        assert model(images).shape[1] == classes
+        assert logits(model(images)).shape[1] == classes
     after = cost(without_data(model), images.to("meta"))
     assert after.parameters < before.parameters
     return {
@@ -162,14 +167,15 @@ def in_a_process(name: str, label: str, exports: bool) -> dict:
     """The same in a process of its own, which may run out of memory or time."""
     command = [sys.executable, __file__, name, "--part", label, *(["--export"] if exports else [])]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=MINUTES * 60, preexec_fn=_limit_memory)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=MINUTES * 60, preexec_fn=limit_memory)
     except subprocess.TimeoutExpired:
         return {"failed": f"took more than {MINUTES} minutes"}
     last = (done.stdout.splitlines() or [""])[-1]
     return json.loads(last) if last.startswith("{") else {"failed": f"exit code {done.returncode}"}
 
 
-def _limit_memory() -> None:
+def limit_memory() -> None:
+    """Fail alone."""
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
 
 
