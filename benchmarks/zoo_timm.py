@@ -192,7 +192,7 @@ def page(rows: list[dict]) -> str:
     both = [(left(row["ours"]), left(row["torch_pruning"])) for row in traced if left(row["torch_pruning"])]
     tried = [row["exports"] for row in rows if "exports" in row]
     written = {kind: sum(bool(each.get(kind)) for each in tried) for kind in ("pt2", "onnx")}
-    middle = f"{shares[len(shares) // 2]:.0%}" if shares else "–"
+    middle = f"{shares[len(shares) // 2]:.0%}" if shares else "unknown"
     lines = [
         "# The zoo: timm and transformers",
         "",
@@ -216,8 +216,8 @@ def page(rows: list[dict]) -> str:
         "where they were not tried. The last column has the reason that keeps the most layers whole, with their "
         "number, where more than 30 % of the MACs are left.",
         "",
-        "| module | network | parameters | MACs | sites | parameters left | MACs left | torch-pruning: MACs left | apart "
-        "| ratio 0 | loads | pt2 | ONNX | s (CPU) | what stays whole, or what failed |",
+        "| module | network | parameters | MACs | sites | parameters left | MACs left | torch-pruning: MACs left "
+        "| apart | ratio 0 | loads | pt2 | ONNX | s (CPU) | what stays whole, or what failed |",
         "| --- | --- |" + " ---: |" * 7 + " --- | --- | --- | --- | ---: | --- |",
     ]
     lines += [_line(row) for row in rows]
@@ -234,7 +234,7 @@ def _line(row: dict) -> str:
         for kind in ("pt2", "onnx")
     ]
     sizes = own.get("parameters", [0])[0], own.get("macs", [0])[0]
-    reasons = "; ".join(f"{count} × {reason}" for reason, count in own.get("whole", ())[:1])
+    reasons = "; ".join(f"{count}: {reason}" for reason, count in own.get("whole", ())[:1])
     cells = [
         row["module"],
         f"`{row['name'].partition('/')[2]}`",
