@@ -216,7 +216,7 @@ def solve_layer(
     alive = (scale.abs() > DEAD * scale.abs().max()) & task.rows.to(scale.device)
     solved = alive.nonzero().flatten() if groups == 1 else torch.arange(out, device=scale.device)
     samples = Held(lambda: looked_at(task, join, layer, solved, wanted, found, images, ranks), found.memory)
-    gram, share = 0.0, 0.0
+    gram, share, total = 0.0, 0.0, torch.zeros(())
     for step in range(1 + (rectify if join.limit is not None else 0)):
         cross, missing, energy = 0.0, 0.0, 0.0
         for patches, target, value in samples:
@@ -256,7 +256,8 @@ def looked_at(
     groups, dim = getattr(layer, "groups", 1), 1 if isinstance(layer, CONVOLUTIONS) else -1
     parts = zip(layer.weight.chunk(groups), task.stays.chunk(groups), strict=True)
     weight = as_columns(torch.cat([part[:, own] for part, own in parts]), groups)
-    weight = torch.cat([weight, (weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias).view(groups, 1, -1)], dim=1)
+    bias = layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias
+    weight = torch.cat([weight, bias.view(groups, 1, -1)], dim=1)
     weight = weight[..., solved] if groups == 1 else weight
     for index, (_, env) in enumerate(zip(wanted.states(task.node), found.states(task.node), strict=True)):
         target, read = wanted.value(join.end), env[task.node.all_input_nodes[0]]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from nm_lightning.compression.structure.operations import CONVOLUTIONS
 
-ENOUGH = 50  # positions for each unknown of a layer's least squares; further ones are not looked at
+ENOUGH = 200  # positions for each unknown of a layer's least squares; further ones are not looked at
 BLOCK = 192  # columns of a Gram matrix that are worth a product of their own
 
 
