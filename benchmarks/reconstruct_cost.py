@@ -1,4 +1,4 @@
-"""What `--method reconstruct` costs in forward passes, where it spends its time, each part's floor, and what ranks would send each other.
+"""What `--method reconstruct` costs in forward passes, where its time goes, each part's floor, what ranks would send.
 
     python benchmarks/reconstruct_cost.py --checkpoints DIR            # ResNet-56 at 0.5, VGG-16 at the paper's widths
 
