@@ -1,4 +1,4 @@
-"""Where `--method reconstruct` spends its time, each part's floor, and what ranks would send each other.
+"""What `--method reconstruct` costs in forward passes, where its time goes, each part's floor, what ranks would send.
 
     python benchmarks/reconstruct_cost.py --checkpoints DIR            # ResNet-56 at 0.5, VGG-16 at the paper's widths
 
@@ -19,12 +19,12 @@ from torch.profiler import ProfilerActivity, profile
 from nm_lightning import compress, trace
 from nm_lightning.compression import cost
 from nm_lightning.compression.methods import reconstruct as engine
+from nm_lightning.compression.statistics.patches import ENOUGH
 
 PARTS = {
     "forward passes": ("aten::mkldnn_convolution", "aten::native_batch_norm", "aten::addmm", "aten::clamp_min"),
-    "patches": ("aten::cat", "aten::copy_", "aten::constant_pad_nd", "aten::fill_"),
-    "Gram products": ("aten::bmm",),
-    "cross-moments": ("aten::convolution_backward", "aten::mm"),
+    "patches": ("aten::cat", "aten::copy_", "aten::index_select", "aten::index", "aten::masked_fill_"),
+    "Gram products and cross-moments": ("aten::bmm",),
     "solves": ("aten::linalg_cholesky_ex", "aten::cholesky_solve", "aten::_cholesky_solve_helper"),
 }
 
@@ -61,14 +61,40 @@ def speed(dtype: torch.dtype) -> float:
 def floors(tasks: list[tuple], images: int, forward: float) -> tuple[dict[str, float], int]:
     """Seconds at least for each part, and the bytes to sum: Gram once, cross-moments each round, two scalars."""
     single, double = speed(torch.float32), speed(torch.float64)
-    gram = sum(2 * images * places * width**2 * groups for width, groups, _, places, _ in tasks)
-    cross = sum(2 * images * places * width * out * rounds for width, _, out, places, rounds in tasks)
+    looked_at = [min(images * places, ENOUGH * width) for width, _, _, places, _ in tasks]
+    sizes = list(zip(looked_at, tasks, strict=True))
+    gram = sum(rows * width**2 * groups for rows, (width, groups, _, _, _) in sizes)  # one half: it is symmetric
+    cross = sum(2 * rows * width * out * (2 * rounds) for rows, (width, _, out, _, rounds) in sizes)  # and the values
     solves = sum(
         groups * (width**3 / 3 + 2 * width**2 * out / groups * rounds) for width, groups, out, _, rounds in tasks
     )
     sent = sum(8 * (groups * width**2 + rounds * width * out + 2) for width, groups, out, _, rounds in tasks)
-    seconds = {"forward passes": forward / single, "Gram products": gram / single, "cross-moments": cross / single}
-    return seconds | {"solves": solves / double}, sent
+    seconds = {"forward passes": forward / single, "Gram products and cross-moments": (gram + cross) / single}
+    return seconds | {"solves": solves / double}, sent + 8  # and the number of images
+
+
+def forwards(bench: Bench, ratio: float = 0.5, count: int = 512, refit: int = 0) -> list[tuple]:
+    """Rows `(work, ours, alternative, ratio)`: CPU seconds against a pass of the original and the small network."""
+    images = bench.calibration("data", 0)[:count]
+    small = compress(bench.model, images[:1], "prune", ratio=ratio).model
+
+    @torch.no_grad()
+    def both() -> None:
+        for batch in images.split(128):
+            bench.model(batch), small(batch)
+
+    def seconds(work) -> float:
+        start = time.process_time()
+        work()
+        return time.process_time() - start
+
+    def ours() -> None:
+        compress(bench.model, images[:1], "reconstruct", ratio=ratio, calibration=images, refit=refit)
+
+    before, own, after = sorted(seconds(both) for _ in range(3))[1], seconds(ours), seconds(both)
+    forward = (before + after) / 2
+    work = f"reconstruct, {bench.name}, {ratio}, {len(images)} images" + (f", refit {refit}" if refit else "")
+    return [(work, own, forward, own / forward)]
 
 
 def measure(name: str, cell: float | str, checkpoints: Path, data_dir: Path) -> str:
@@ -83,7 +109,8 @@ def measure(name: str, cell: float | str, checkpoints: Path, data_dir: Path) -> 
         layer = wide.get_submodule(task.layer)
         groups, taps = getattr(layer, "groups", 1), layer.weight[0, 0].numel()
         width = taps * int(task.stays.sum()) // groups + 1
-        tasks.append([width, groups, len(layer.weight), task.layer, 1 + (more[3] if join.limit is not None else 0)])
+        out = int(task.rows.sum()) if groups == 1 else len(layer.weight)  # those that stay are solved
+        tasks.append([width, groups, out, task.layer, 1 + (more[3] if join.limit is not None else 0)])
         return solve(task, join, wide, *more)
 
     engine.solve_layer = noted
@@ -138,6 +165,10 @@ def main() -> None:
     parser.add_argument("--checkpoints", type=Path, default=Path("checkpoints"), help="the published files")
     parser.add_argument("--data_dir", type=Path, default=Path("data"), help="where the images are")
     args = parser.parse_args()
+    bench = Bench("resnet56", args.checkpoints, args.data_dir)
+    for refit in (0, 1):
+        for work, own, forward, ratio in forwards(bench, refit=refit):
+            print(f"{work}: {own:.1f} s of CPU, {ratio:.1f} forwards of {forward:.2f} s", flush=True)
     for name, cell in (("resnet56", 0.5), ("vgg16", "published widths")):
         print(measure(name, cell, args.checkpoints, args.data_dir), end="\n\n", flush=True)
 

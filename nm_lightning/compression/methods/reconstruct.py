@@ -6,7 +6,7 @@ the output joins another stream (after its BatchNorm, at the end of a residual b
 what those before it lost; and behind a ReLU only what passes it counts. No labels, no gradient.
 """
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import torch
@@ -16,15 +16,32 @@ from nm_lightning.compression.graph import shapes_of
 from nm_lightning.compression.methods.channel import by_channel
 from nm_lightning.compression.settings import Method, choice, number, setting
 from nm_lightning.compression.statistics.joins import Join, find_join, rectified_gap
-from nm_lightning.compression.statistics.patches import correlate, factorise, read_patches
+from nm_lightning.compression.statistics.patches import (
+    ENOUGH,
+    as_columns,
+    at_rows,
+    draw_rows,
+    factorise,
+    gram_of,
+    places_of,
+    read_patches,
+)
 from nm_lightning.compression.statistics.ranks import ALONE, Ranks
-from nm_lightning.compression.statistics.runs import Run, narrow_norms, recorded, used_again, without_in_place
+from nm_lightning.compression.statistics.runs import (
+    Held,
+    Run,
+    channels_that_stay,
+    narrow_norms,
+    recorded,
+    used_again,
+    without_in_place,
+)
 from nm_lightning.compression.statistics.subject import Subject
 from nm_lightning.compression.structure.columns import add_columns, add_constant, silence
 from nm_lightning.compression.structure.copies import evaluated, with_data
 from nm_lightning.compression.structure.decomposition import Decomposition
-from nm_lightning.compression.structure.inputs import Inputs
-from nm_lightning.compression.structure.operations import SOLVABLE
+from nm_lightning.compression.structure.inputs import Inputs, length, tensors_in
+from nm_lightning.compression.structure.operations import CONVOLUTIONS, SOLVABLE
 from nm_lightning.compression.structure.plan import named_tensors
 from nm_lightning.compression.structure.sites import Site
 from nm_lightning.progress import progress
@@ -76,11 +93,13 @@ class Task:
         node: its call in the graph.
         layer: its name.
         stays: `(columns,)`, whether each of the weight's columns, counted over all groups, is read.
+        rows: `(out,)`, whether each of its outputs is a neuron that stays.
     """
 
     node: fx.Node
     layer: str
     stays: Tensor
+    rows: Tensor
 
 
 @torch.no_grad()
@@ -129,16 +148,19 @@ def reconstruct(
                 refused[consumer.name] = f"{consumer.name} or its weight is used several times"
             else:
                 columns[consumer.name] = columns.get(consumer.name, True) & stays
-    tasks = find_tasks(graph, original, columns, refused, again)
+    rows = channels_that_stay(sites, keeps, dict(original.named_modules()))
+    tasks = find_tasks(graph, original, columns, rows, refused, again)
     switched = without_in_place(graph, original, wide)
     wanted, found = Run(original, graph, batches), Run(wide, graph, batches)
     found.norms = narrow_norms(original, sites, keeps)
+    device = tensors_in(batches[0])[0].device
+    (images,) = ranks.total(torch.tensor(sum(length(batch) for batch in batches), device=device))
     pending = {task.node for task in tasks}
     errors = {}
     for task in progress(tasks, "reconstructing"):
         pending.discard(task.node)
         join = find_join(task.node, original, pending, shapes, again)
-        errors[task.layer] = solve_layer(task, join, wide, wanted, found, ridge, rectify, ranks)
+        errors[task.layer] = solve_layer(task, join, wide, wanted, found, ridge, rectify, int(images), ranks)
     for module in switched:
         module.inplace = True
     return errors, refused
@@ -148,6 +170,7 @@ def find_tasks(
     graph: fx.Graph,
     model: nn.Module,
     columns: Mapping[str, Tensor],
+    rows: Mapping[str, Tensor],
     refused: Mapping[str, str],
     again: Set[str],
 ) -> list[Task]:
@@ -166,36 +189,48 @@ def find_tasks(
             width = layer.weight.shape[1] * groups
             if narrowed or (groups == 1 and node.target not in refused):
                 every = torch.ones(width, dtype=torch.bool)
-                tasks.append(Task(node, node.target, every if stays is None else stays))
+                made = rows.get(node.target, torch.ones(len(layer.weight), dtype=torch.bool))
+                tasks.append(Task(node, node.target, every if stays is None else stays, made))
     return tasks
 
 
 def solve_layer(
-    task: Task, join: Join, wide: nn.Module, wanted: Run, found: Run, ridge: float, rectify: int, ranks: Ranks = ALONE
+    task: Task,
+    join: Join,
+    wide: nn.Module,
+    wanted: Run,
+    found: Run,
+    ridge: float,
+    rectify: int,
+    images: int,
+    ranks: Ranks = ALONE,
 ) -> float:
-    """Regress the gap at the join on what the layer reads, and add the coefficients to its weight; the share left."""
+    """Regress the gap at the join on what the layer reads, and add the coefficients to its weight; the share left.
+
+    Of more than `ENOUGH` positions for each unknown a sample is looked at: some of each of
+    all ranks' `images`, drawn by seed.
+    """
     layer = wide.get_submodule(task.layer)
-    groups, out = getattr(layer, "groups", 1), layer.weight.shape[0]
+    groups, out = getattr(layer, "groups", 1), len(layer.weight)
     scale = layer.weight.new_ones(out) if join.scale is None else join.scale
-    alive = scale.abs() > DEAD * scale.abs().max()
-    source = task.node.all_input_nodes[0]
-    gram, share = None, 0.0
+    alive = (scale.abs() > DEAD * scale.abs().max()) & task.rows.to(scale.device)
+    solved = alive.nonzero().flatten() if groups == 1 else torch.arange(out, device=scale.device)
+    samples = Held(lambda: looked_at(task, join, layer, solved, wanted, found, images, ranks), found.memory)
+    gram, share, total = 0.0, 0.0, torch.zeros(())
     for step in range(1 + (rectify if join.limit is not None else 0)):
-        cross, missing, energy, fresh = 0.0, 0.0, 0.0, 0.0
-        for _, env in zip(wanted.states(task.node), found.states(task.node), strict=True):
-            target = wanted.value(join.end)
-            found.env = dict(env)  # what lies behind the layer changes with it
-            value = found.value(join.end)
+        cross, missing, energy = 0.0, 0.0, 0.0
+        for patches, target, value in samples:
+            if step:
+                value = value + patches @ total.to(patches.dtype)
             gap = rectified_gap(target, value, join.limit) if step else target - value
-            cross += correlate(layer, env[source], gap, task.stays).double()
+            cross += (patches.transpose(1, 2) @ gap).double()
             if step == 0:
-                patches = read_patches(layer, env[source], task.stays, groups)
-                fresh += (patches.transpose(1, 2) @ patches).double()
+                gram += gram_of(patches)
                 missing += gap.square().sum(dtype=torch.float64)
                 energy += target.square().sum(dtype=torch.float64)
         (cross,) = ranks.total(cross)
         if step == 0:
-            gram, missing, energy = ranks.total(fresh, missing, energy)
+            gram, missing, energy = ranks.total(gram, missing, energy)
             total = torch.zeros_like(cross)
             penalty = ridge * gram.diagonal(dim1=1, dim2=2)[:, :-1].mean()
             penalty = torch.full((gram.shape[1],), float(penalty), dtype=gram.dtype, device=gram.device)
@@ -206,8 +241,31 @@ def solve_layer(
         if step == 0:
             gained = 2 * (change * cross).sum() - (change * (gram @ change)).sum()
             share = float(((missing - gained) / energy.clamp(min=1e-30)).clamp(min=0))
-        change = change.transpose(1, 2).reshape(out, -1)  # (out, taps * kept + 1)
-        change = torch.where(alive[:, None], change / scale[:, None], 0.0).to(layer.weight.dtype)
-        add_columns(layer.weight, task.stays.to(layer.weight.device), change[:, :-1], groups)
-        add_constant(layer, wide.get_submodule(join.norm) if join.norm else None, change[:, -1])
+    change = layer.weight.new_zeros(out, total.shape[1])
+    change[solved] = total.transpose(1, 2).flatten(0, 1).to(change.dtype)  # (out, taps * kept + 1)
+    change = torch.where(alive[:, None], change / scale[:, None], 0.0)
+    add_columns(layer.weight, task.stays.to(layer.weight.device), change[:, :-1], groups)
+    add_constant(layer, wide.get_submodule(join.norm) if join.norm else None, change[:, -1])
     return share
+
+
+def looked_at(
+    task: Task, join: Join, layer: nn.Module, solved: Tensor, wanted: Run, found: Run, images: int, ranks: Ranks
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Batch by batch what the layer reads, and target and value at the join; each `(groups, positions, ...)`."""
+    groups, dim = getattr(layer, "groups", 1), 1 if isinstance(layer, CONVOLUTIONS) else -1
+    parts = zip(layer.weight.chunk(groups), task.stays.chunk(groups), strict=True)
+    weight = as_columns(torch.cat([part[:, own] for part, own in parts]), groups)
+    bias = layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias
+    weight = torch.cat([weight, bias.view(groups, 1, -1)], dim=1)
+    weight = weight[..., solved] if groups == 1 else weight
+    for index, (_, env) in enumerate(zip(wanted.states(task.node), found.states(task.node), strict=True)):
+        target, read = wanted.value(join.end), env[task.node.all_input_nodes[0]]
+        shape, count = target.shape, length(found.batches[index])
+        each = -(-ENOUGH * weight.shape[1] * count // (images * shape[0]))
+        rows = draw_rows(shape[0], places_of(layer, shape), each, index * ranks.size + ranks.rank)
+        patches = read_patches(layer, read, task.stays, groups, rows)
+        output = (patches @ weight).transpose(0, 1).flatten(1)
+        value = join.value(output, found, shape, rows, dim, solved)
+        target = at_rows(target, rows, dim)[:, solved]
+        yield patches, *(each.unflatten(1, (groups, -1)).transpose(0, 1) for each in (target, value))

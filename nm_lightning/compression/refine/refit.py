@@ -21,7 +21,7 @@ from nm_lightning.compression.graph import shapes_of
 from nm_lightning.compression.report import Report
 from nm_lightning.compression.settings import Refinement, setting, whole
 from nm_lightning.compression.statistics.joins import find_join, rectified_gap
-from nm_lightning.compression.statistics.patches import as_columns, factorise, read_patches
+from nm_lightning.compression.statistics.patches import as_columns, factorise, gram_of, read_patches
 from nm_lightning.compression.statistics.ranks import ALONE, Ranks
 from nm_lightning.compression.statistics.runs import MEMORY, Run, recorded, used_again, without_in_place
 from nm_lightning.compression.statistics.subject import Subject
@@ -324,7 +324,7 @@ class Window:
                 every = torch.ones(layer.weight.shape[1] * groups, dtype=torch.bool)
                 patches = read_patches(layer, self.found.value(nodes[name].all_input_nodes[0]), every, groups)
                 patches = patches if layer.bias is not None else patches[..., :-1]
-                accumulate(grams, {name: patches.transpose(1, 2) @ patches})
+                accumulate(grams, {name: gram_of(patches)})
         for sums in (descent, spread, grams):
             sums.update(zip(sums, self.ranks.total(*sums.values()), strict=True))
         curvature = {name: value.square().mean().clamp(min=TINY) for name, value in spread.items()}

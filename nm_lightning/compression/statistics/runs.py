@@ -6,7 +6,7 @@ computed and still needs is kept for the next stop while memory allows, and is c
 
 import functools
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from nm_lightning.compression.graph import graph_of, operation_name
 from nm_lightning.compression.graph.tracer import leaves_of
 from nm_lightning.compression.structure.copies import plain_copy
-from nm_lightning.compression.structure.inputs import Inputs, call, clone, first, length, split, tensors_in
+from nm_lightning.compression.structure.inputs import Inputs, call, clone, first, length, mapped, split, tensors_in
 from nm_lightning.compression.structure.operations import MIXING_NORMS, facts_of
 from nm_lightning.compression.structure.plan import apply_plan, plan_sites
 from nm_lightning.compression.structure.sites import Site
@@ -28,18 +28,60 @@ MEMORY = 2 << 30  # bytes of activations that one run keeps between two stops
 def recorded(model: nn.Module, batches: Sequence[Inputs]) -> tuple[fx.Graph, Sequence[Inputs]]:
     """A network's graph, and the batches that it runs: as they are, or two images each.
 
-    Two images were recorded. Code that makes a plain number of how many there are, or loops over them, takes no more.
+    On a CPU images come with their channels last in memory, which is faster, where the network takes them so. Two
+    images were recorded: code that makes a plain number of how many there are, or loops over them, takes no more.
     """
     graph, few = graph_of(model, batches[0]), first(batches[0], 3)
     wanted = [leaf for leaf in leaves_of(call(model, clone(few))) if isinstance(leaf, Tensor)]
-    try:
-        found = pytree.tree_leaves(fx.Interpreter(model, graph=graph).run(*tensors_in(clone(few))))
-        same = all(a.shape == b.shape and torch.allclose(a, b, 1e-3, 1e-3) for a, b in zip(found, wanted, strict=True))
-    except Exception:  # whatever an operation raises whose numbers no longer fit
-        same = False
-    if same:
+
+    def same(few: Inputs) -> bool:
+        try:
+            found = pytree.tree_leaves(fx.Interpreter(model, graph=graph).run(*tensors_in(clone(few))))
+            return all(
+                a.shape == b.shape and torch.allclose(a, b, 1e-3, 1e-3) for a, b in zip(found, wanted, strict=True)
+            )
+        except Exception:  # whatever an operation raises whose numbers, or places in memory, don't fit
+            return False
+
+    if any(map(is_image, tensors_in(few))) and same(mapped(channels_last, few)):
+        return graph, [mapped(channels_last, batch) for batch in batches]
+    if same(few):
         return graph, batches
     return graph, [pair for batch in batches for pair in split(batch, 2) if length(pair) == length(first(few, 2))]
+
+
+def is_image(tensor: Tensor) -> bool:
+    """Whether a tensor has planes, and is on a CPU."""
+    return tensor.ndim == 4 and tensor.device.type == "cpu" and tensor.is_floating_point()
+
+
+def channels_last(tensor: Tensor) -> Tensor:
+    """An image with its channels last in memory; what is none stays as it is."""
+    return tensor.contiguous(memory_format=torch.channels_last) if is_image(tensor) else tensor
+
+
+class Held:
+    """What a pass over the batches gives, tuples of tensors, kept for the next passes; made again if it's too large.
+
+    Args:
+        make: starts a pass.
+        memory: bytes to keep.
+    """
+
+    def __init__(self, make: Callable[[], Iterator[tuple[Tensor, ...]]], memory: int):
+        self.make, self.memory = make, memory
+        self.kept: list[tuple[Tensor, ...]] | None = None
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        if self.kept is not None:
+            yield from self.kept
+            return
+        kept, used = [], 0
+        for item in self.make():
+            used += sum(tensor.numel() * tensor.element_size() for tensor in item)
+            kept = [*kept, item] if used <= self.memory else []
+            yield item
+        self.kept = kept if used <= self.memory else None
 
 
 class NarrowNorm(nn.Module):

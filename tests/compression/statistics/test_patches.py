@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from nm_lightning.compression.statistics.patches import correlate, read_patches
+from nm_lightning.compression.statistics.patches import at_rows, draw_rows, gram_of, places_of, read_patches
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,33 @@ def test_patches_are_what_the_weight_is_multiplied_with(layer):
         torch.testing.assert_close(found, outputs)
         assert bool((patches[..., -1] == 1).all())
         stays = torch.tensor([True, False, True, True, True, False])  # two of each group
-        patches, gap = read_patches(version, x, stays, groups), torch.randn_like(layer(x))
+        patches, places = read_patches(version, x, stays, groups), places_of(layer, layer(x).shape)
+        torch.testing.assert_close(gram_of(patches), (patches.transpose(1, 2) @ patches).double())
+        rows = draw_rows(len(x), places, 2, seed=3)  # all rows where there are no more than two
+        some = read_patches(version, x, stays, groups, rows)
+        assert torch.equal(some, patches if rows is None else patches[:, rows])
         dim = 1 if layer.weight.ndim > 2 else -1
-        flat = gap.movedim(dim, -1).reshape(-1, groups, 4 // groups).transpose(0, 1)
-        torch.testing.assert_close(correlate(version, x, gap, stays), patches.transpose(1, 2) @ flat)
+        flat = layer(x).movedim(dim, -1).reshape(-1, 4)
+        assert torch.equal(at_rows(layer(x), rows, dim), flat if rows is None else flat[rows])
+
+
+def test_each_image_gives_equally_many_positions_and_none_twice():
+    rows = draw_rows(5, 12, 7)
+    assert len(rows.unique()) == 35
+    assert torch.equal(torch.bincount(rows // 12), torch.full((5,), 7))
+
+
+class Scaled(nn.Conv2d):
+    """Does more with its input than to look at it."""
+
+    def forward(self, images):
+        return super().forward(2 * images)
+
+
+def test_positions_of_a_layer_that_changes_its_input():
+    layer, x = Scaled(3, 4, 3), torch.randn(2, 3, 6, 6)
+    every, rows = torch.ones(3, dtype=torch.bool), torch.tensor([0, 5, 31])
+    patches = read_patches(layer, x, every, rows=rows)
+    torch.testing.assert_close(
+        patches, 2 * read_patches(nn.Conv2d(3, 4, 3), x, every)[:, rows] + torch.tensor([0.0] * 27 + [-1.0])
+    )
