@@ -29,6 +29,7 @@ KEPT = ("num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", 
 BATCHES = (1, 128)  # whose latency is measured
 LANES = 8  # channels that processors like to have at once
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+PROBED = 16  # images that tell which layout is faster
 SLACK = 0.1  # by which the share of time that is left may exceed the share of MACs
 
 
@@ -233,12 +234,15 @@ def share_right(
 ) -> float:
     """`evaluate` on this rank's batches as they lie on the device."""
     correct = total = 0
-    threshold = None
+    threshold = layout = None
     with modes_kept(model), torch.inference_mode():
         model.eval()
         for batch in batches:
             images, labels = inputs_and_labels(batch, *keys)
             images = as_read(images, model)
+            layout = layout or faster_layout(model, images)
+            if layout is torch.channels_last:
+                images = images.contiguous(memory_format=layout)
             logits = logits_of(model(images))
             if threshold is None and isinstance(logits, Tensor) and logits[:1].numel() == 1:
                 with torch.inference_mode(False), torch.enable_grad():
@@ -250,6 +254,29 @@ def share_right(
             total += len(right)
     correct, total = ranks.total(*torch.tensor([correct, total], device=device))
     return int(correct) / int(total)
+
+
+def faster_layout(model: nn.Module, images: Any) -> torch.memory_format:
+    """In which layout a network in evaluation mode is faster, by the clock, on the first images of a batch.
+
+    It is `channels_last` only for photographs `(N, C, H, W)` on a CPU, and where it gives the same predictions; the
+    network's weights stay as they lie.
+    """
+    if not isinstance(images, Tensor) or images.ndim != 4 or images.is_cuda or len(images) < PROBED:
+        return torch.contiguous_format
+    last = images[:PROBED].contiguous(memory_format=torch.channels_last)
+    seconds: dict[bool, float] = {}
+    predicted: dict[bool, Tensor] = {}
+    try:
+        for probe, is_last in ((images[:PROBED], False), (last, True)) * 2:
+            start = time.perf_counter()
+            predicted[is_last] = logits_of(model(probe)).argmax(dim=-1)
+            taken = time.perf_counter() - start
+            seconds[is_last] = min(taken, seconds.get(is_last, taken))
+    except (RuntimeError, AttributeError, TypeError):  # a view that wants its channels first, or other outputs
+        return torch.contiguous_format
+    faster = seconds[True] < seconds[False] and torch.equal(predicted[True], predicted[False])
+    return torch.channels_last if faster else torch.contiguous_format
 
 
 def on_device(batches: Iterable, data: Any, device: torch.device | str) -> Iterator[Any]:

@@ -1,11 +1,14 @@
 """Before and after: each test image counts once, on however many ranks."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from lightning_fabric.utilities.distributed import DistributedSamplerWrapper
 from torch import nn
 from torch.utils.data import BatchSampler
 
+from nm_lightning import measure
 from nm_lightning.compression import Recipe, SiteReport
 from nm_lightning.compression.statistics.ranks import Ranks
 from nm_lightning.measure import Baseline, Latency, Result, dealt, odd_widths
@@ -64,3 +67,25 @@ def test_odd_widths_are_noted_where_they_seem_to_cost_time(settings, before, aft
         "prune, l2-norm, 0.3 takes 106 % of the time with 69 % of the MACs, 128 at once: most convolutions have no "
         "multiple of 8 channels now, --round_to 8 may be faster"
     ]
+
+
+@pytest.mark.parametrize("views", [False, True])
+def test_either_layout_predicts_the_same(monkeypatch, views):
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(8, 5)
+
+        def forward(self, images):
+            if views:  # which a layout with the channels last does not allow
+                images = images.view(len(images), -1).view(images.shape)
+            return self.fc(self.conv(images).relu().mean((2, 3)))
+
+    torch.manual_seed(0)
+    network, images = Network().eval(), torch.randn(64, 3, 9, 9)
+    batches = [(part, network(part).argmax(1)) for part in images.split(32)]
+    clock = SimpleNamespace(perf_counter=iter([0, 2, 2, 3] * 4).__next__)  # the channels last are faster
+    monkeypatch.setattr(measure, "time", clock)
+    assert measure.faster_layout(network, images) is (torch.contiguous_format if views else torch.channels_last)
+    assert measure.share_right(network, batches) == 1
+    assert network.conv.weight.is_contiguous()
