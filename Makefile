@@ -31,9 +31,8 @@ docs: env  ## the pages and the Python API, docs/_build/index.html
 paper: env  ## every published number; NM_ASSETS names the folder with the published checkpoints
 	$(BIN)/python -m pytest tests/test_paper.py --paper
 
-benchmark: env  ## tensor code against the paper's loops
-	$(BIN)/python benchmarks/merge_vgg16_imagenet.py
-	$(BIN)/python benchmarks/merge_vgg16.py
+benchmark: env  ## what people wait for, each against its alternative, as one table
+	$(BIN)/python benchmarks/performance.py
 
 zoo: env  ## every torchvision classifier in both scopes, next to torch-pruning (hours); goes on where it was stopped
 	$(PIP) -e ".[benchmark]"
