@@ -14,6 +14,7 @@ import os
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -63,8 +64,11 @@ def start_up() -> Iterator[Row]:
     yield "compress.py --help", process("compress.py", "--help"), "import torch", bare
     yield "import nm_lightning", process("-c", "import nm_lightning"), "import torch", bare
     yield "from nm_lightning import compress", process("-c", "from nm_lightning import compress"), "import torch", bare
-    words = ["--model", "lenet_300_100", "--data", "digits", "--quiet", "--output", "runs/benchmark"]
-    yield "first row of a LeNet grid", process("compress.py", *words), "import torch and Lightning", lightning
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(build_model("lenet_300_100", 10, (1, 8, 8)).state_dict(), f"{folder}/lenet.pt")
+        words = ["--checkpoint", f"{folder}/lenet.pt", "--model", "lenet_300_100", "--data", "digits", "--quiet"]
+        first = process("compress.py", *words, "--output", f"{folder}/out")
+    yield "first row of a LeNet grid", first, "import torch and Lightning", lightning
 
 
 def merging() -> Iterator[Row]:
