@@ -8,7 +8,7 @@ from nm_lightning import compress
 from nm_lightning.compression.statistics import stored
 from nm_lightning.compression.statistics.calibration import Calibration
 from nm_lightning.compression.statistics.matched import distance, made, match
-from nm_lightning.compression.statistics.synthetic import Synthetic, crops, dead_leaves
+from nm_lightning.compression.statistics.synthetic import Synthetic, crops, dead_leaves, noise
 
 SHAPE = (3, 16, 16)
 EXAMPLE = torch.zeros(1, *SHAPE)
@@ -57,8 +57,9 @@ def test_the_nearest_start_is_taken_whatever_it_is():
         for norm in (each for each in model if isinstance(each, nn.BatchNorm2d)):
             norm.momentum = 1.0
         model.train()(ASKED.inputs(images))
-        found, _ = made(ASKED, model.eval(), EXAMPLE, 16, 0, 1)
-        assert (found / 255 - images).abs().max() < 0.03  # one step away
+        found, _ = made(ASKED, model.eval(), EXAMPLE, 31, 0, 1)
+        assert (found[:16] / 255 - images).abs().max() < 0.03  # one step away
+        assert torch.equal(found[16:], found[:15].flip(-1))
 
 
 def test_made_images_are_the_seeds_and_found_again(cache, monkeypatch):
@@ -92,6 +93,8 @@ def test_a_network_without_norms_has_plain_images_and_its_report_says_so():
     assert any("no BatchNorm" in remark for remark in result.report.remarks)
     calibration = Calibration("synthetic", EXAMPLE, 8, 0, model=model, steps=10)
     assert torch.equal(calibration.batches[0], dead_leaves(8, SHAPE).mul(255).round() / 255 * 4 - 2)
+    dense = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 4))
+    assert torch.equal(made(ASKED, dense, EXAMPLE, 8, 1, 10)[0], noise(8, SHAPE, 1).mul(255).round().byte())
     result = compress(network(), EXAMPLE, "reconstruct", ratio=0.5, calibration="synthetic", calibration_size=8)
     assert not any("no BatchNorm" in remark for remark in result.report.remarks)
 
