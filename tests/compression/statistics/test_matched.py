@@ -8,6 +8,7 @@ from nm_lightning import compress
 from nm_lightning.compression.statistics import stored
 from nm_lightning.compression.statistics.calibration import Calibration
 from nm_lightning.compression.statistics.matched import distance, made, match
+from nm_lightning.compression.statistics.ranks import Ranks
 from nm_lightning.compression.statistics.synthetic import Synthetic, crops, dead_leaves, noise
 
 SHAPE = (3, 16, 16)
@@ -111,3 +112,24 @@ def test_no_steps_and_no_network_leave_dead_leaves(cache):
         images, _ = made(ASKED, model, EXAMPLE, 4, 3, steps)
         assert torch.equal(images, dead_leaves(4, SHAPE, 3).mul(255).round().byte())
     assert not cache.exists()
+
+
+def test_ranks_share_the_images_that_the_first_made():
+    made_once = []
+
+    class Strategy:
+        world_size = 2
+
+        def __init__(self, rank):
+            self.global_rank = rank
+
+        def broadcast(self, value):
+            made_once.extend([value] if self.global_rank == 0 else [])
+            return made_once[0]
+
+    model = network()
+    alone = Calibration("synthetic", EXAMPLE, 140, 0, model=model, steps=1).batches
+    shares = [Calibration("synthetic", EXAMPLE, 140, 0, Ranks(Strategy(rank)), model, 1).batches for rank in range(2)]
+    assert len(made_once) == 1
+    assert [len(share) for share in shares] == [1, 1]
+    assert torch.equal(torch.cat(alone), torch.cat(shares[0] + shares[1]))
