@@ -17,7 +17,7 @@ from nm_lightning.compression.structure.copies import duplicate
 from nm_lightning.compression.structure.operations import BATCH_NORMS, CONVOLUTIONS
 from nm_lightning.progress import progress
 
-RATE = 0.05 / 4  # of Adam, as a share of the input's range; it falls to zero along a cosine
+RATE = 0.00625  # of Adam, as a share of the input's range; it falls to zero along a cosine
 BATCH_BYTES = 16 << 20  # of one batch of images
 
 
