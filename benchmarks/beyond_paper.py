@@ -23,6 +23,7 @@ from torch import Tensor
 from nm_lightning import compress
 from nm_lightning.cli.sources import Asked, open_source
 from nm_lightning.compression import cost
+from nm_lightning.compression.statistics.synthetic import Synthetic
 from nm_lightning.data import build_data
 from nm_lightning.measure import evaluate
 from nm_lightning.presets import preset
@@ -86,10 +87,14 @@ class Bench:
             self.images, self.labels = self.data.normalise(test.images), test.labels
         self.model.eval()
 
-    def calibration(self, kind: str | None, seed: int) -> Tensor | None:
+    @property
+    def size(self) -> int:
         """1,024 images, or 500 photos."""
-        size = 500 if self.name == "efficientnet_lite0" else 1024
-        return None if kind is None else self.data.calibration_images(kind, size, seed)
+        return 500 if self.name == "efficientnet_lite0" else 1024
+
+    def calibration(self, kind: str | None, seed: int) -> Tensor | Synthetic | None:
+        """Images, or what asks for them."""
+        return None if kind is None else self.data.calibration_images(kind, self.size, seed)
 
     def run(self, cell: float | str, label: str, seed: int) -> dict:
         """Compress and measure."""
@@ -114,6 +119,7 @@ class Bench:
             **settings,
             **size,
             calibration=calibration,
+            calibration_size=self.size,
             seed=seed,
         )
         seconds = time.perf_counter() - start

@@ -66,7 +66,7 @@ class NeuronMergeCallback(Callback):
         method: `prune`, `merge`, `fold`, `reconstruct`, or a `Method`.
         criterion: which neurons stay: `l1-norm`, `l2-norm`, `l2-GM`, `output`, or a `Criterion`.
         calibration: unlabelled images for whatever looks at them: `data` for training images, `synthetic` for images
-            that a program draws, or a tensor as the network reads it.
+            that a program makes, or a tensor as the network reads it.
         replace: leave the compressed network in the Trainer's module instead of the original; a further `fit` trains
             it on.
         filename: of the checkpoint, beside the best one.
@@ -255,8 +255,8 @@ class NeuronMergeCallback(Callback):
         if self.whole is None:
             self.whole = self._rehearse(trainer, _own(original), example, None)
         calibration = self.calibration
-        if isinstance(calibration, str) and calibration == "data":
-            calibration = loaders.images("data", recipe.calibration_size, recipe.seed, ranks)
+        if isinstance(calibration, str):
+            calibration = loaders.images(calibration, recipe.calibration_size, recipe.seed, ranks)
         elif isinstance(calibration, Tensor):
             images = calibration[: recipe.calibration_size]
             calibration = share(images, batch_length(images.shape[1:]), ranks)

@@ -14,8 +14,8 @@ from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from nm_lightning.batches import Key, hits, inputs_and_labels, logits_of
-from nm_lightning.compression.statistics.calibration import SYNTHETIC
 from nm_lightning.compression.statistics.ranks import Ranks
+from nm_lightning.compression.statistics.synthetic import SYNTHETIC, Synthetic
 from nm_lightning.compression.structure.copies import modes_kept
 from nm_lightning.data import ImageData, TrainingImages
 from nm_lightning.errors import InputError, first_line
@@ -154,7 +154,7 @@ class Loaders:
 
         return own
 
-    def images(self, source: str, size: int, seed: int, ranks: Ranks) -> Tensor | str:
+    def images(self, source: str, size: int, seed: int, ranks: Ranks) -> Tensor | Synthetic | str:
         """A rank's share of unlabelled images: of our data modules without augmentation, of others as they load.
 
         Args:
@@ -165,7 +165,7 @@ class Loaders:
             ranks: that each have a share.
 
         Returns:
-            The images, or `synthetic` for those that compression draws.
+            The images, or what says that compression makes them.
 
         Raises:
             InputError: there are none.

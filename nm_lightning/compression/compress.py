@@ -16,6 +16,7 @@ from nm_lightning.compression.statistics.calibration import Calibration
 from nm_lightning.compression.statistics.proof import prove
 from nm_lightning.compression.statistics.ranks import Ranks
 from nm_lightning.compression.statistics.subject import Subject
+from nm_lightning.compression.statistics.synthetic import Synthetic
 from nm_lightning.compression.structure.copies import plain_copy
 from nm_lightning.compression.structure.decomposition import assign, narrow
 from nm_lightning.compression.structure.inputs import Inputs, check_inputs
@@ -74,7 +75,7 @@ class Compressor:
         model: nn.Module,
         example_input: Inputs,
         recipe: Recipe,
-        calibration: Inputs | Iterable | str | None = None,
+        calibration: Inputs | Iterable | Synthetic | str | None = None,
         strategy: Any = None,
         whole: Mapping[str, str] | None = None,
         training: Iterable | None = None,
@@ -91,19 +92,22 @@ class Compressor:
         self.look_at(calibration, strategy, training)
 
     def look_at(
-        self, calibration: Inputs | Iterable | str | None, strategy: Any = None, training: Iterable | None = None
+        self,
+        calibration: Inputs | Iterable | Synthetic | str | None,
+        strategy: Any = None,
+        training: Iterable | None = None,
     ) -> None:
         """Take other images, and other ranks; see `compress`."""
-        size, seed = self.recipe.calibration_size, self.recipe.seed
-        self.subject.calibration = Calibration(calibration, self.subject.example, size, seed, Ranks(strategy))
-        self.subject.training = training
-        self.subject.computed.clear()
+        recipe, subject = self.recipe, self.subject
+        own = recipe.calibration_size, recipe.seed, Ranks(strategy), subject.evaluated, recipe.calibration_steps
+        subject.calibration, subject.training = Calibration(calibration, subject.example, *own), training
+        subject.computed.clear()
 
     @torch.inference_mode(False)
     def __call__(self, recipe: Recipe | None = None) -> CompressionResult:
         """Follow a recipe, by default the one that was given first."""
         recipe, subject = recipe or self.recipe, self.subject
-        for name in ("scope", "sites", "calibration_size", "seed"):
+        for name in ("scope", "sites", "calibration_size", "calibration_steps", "seed"):
             asked, known = getattr(recipe, name), getattr(self.recipe, name)
             if asked != known:
                 raise InputError(f"{name} {asked!r}: the network was traced and its images drawn for {known!r}")
@@ -127,7 +131,7 @@ class Compressor:
             counts = recipe.budget.counts(subject) if recipe.budget.looks else counts
         model, plan = narrow(subject.model, subject.sites, decomposition)
         rows = [decomposition.rows[site.name] for site in subject.sites]
-        report = Report(rows, skipped, [*self.notes, *subject.remarks], str(proof))
+        report = Report(rows, skipped, [*self.notes, *subject.calibration.remarks, *subject.remarks], str(proof))
         for refinement in recipe.then:
             assign(model, refinement.refine(subject, model, plan, report))
         plan = follow(model, plan, self.unread.copies)
@@ -144,7 +148,7 @@ def compress(
     *,
     budget: Budget | None = None,
     then: Sequence[Refinement] = (),
-    calibration: Inputs | Iterable | str | None = None,
+    calibration: Inputs | Iterable | Synthetic | str | None = None,
     recipe: Recipe | None = None,
     strategy: Any = None,
     training: Iterable | None = None,
@@ -166,7 +170,7 @@ def compress(
         budget: instead of a ratio: `Widths`, `Parameters`, `Macs`, or one of your own.
         then: what follows: `Refit`, `RecalibrateNorm`, `Distill`, or one of your own.
         calibration: unlabelled images as the network reads them: inputs like the example, a DataLoader, or `synthetic`
-            for images that a program draws. Needed by `reconstruct`, `output`, targets, and what follows.
+            for images that a program makes, see `made`. Needed by `reconstruct`, `output`, targets, and what follows.
         recipe: all of the above that is no image, in one; nothing else may be given then.
         strategy: of a Lightning `Trainer` or `Fabric` whose ranks all call this with the same network, each with its
             share of the calibration images; they all get the same result.

@@ -27,7 +27,7 @@ from nm_lightning.compression.settings import (
     settings_of,
     whole,
 )
-from nm_lightning.compression.statistics.calibration import SYNTHETIC
+from nm_lightning.compression.statistics.synthetic import is_synthetic
 from nm_lightning.errors import InputError
 
 
@@ -45,6 +45,7 @@ class Recipe:
         scope: `hidden` for neurons inside a block, `all` for those of residual streams too.
         then: what follows, in this order.
         calibration_size: how many images to look at, at most.
+        calibration_steps: of Adam on each synthetic image, towards the BatchNorms' own statistics.
         seed: of whatever is drawn.
     """
 
@@ -57,6 +58,9 @@ class Recipe:
     )
     then: tuple[Refinement, ...] = ()
     calibration_size: int = setting(1024, "unlabelled images to look at, drawn by seed", whole(1))
+    calibration_steps: int = setting(
+        10, "steps of each synthetic image towards the statistics in the BatchNorms; 0 for none", whole(0)
+    )
     seed: int = setting(0, "of whatever is drawn")
 
     def __post_init__(self) -> None:
@@ -113,7 +117,7 @@ class Recipe:
 
     def check_images(self, calibration: Any) -> None:
         """Raise `InputError` where synthetic images would lead astray: they say nothing of a network's predictions."""
-        if isinstance(calibration, str) and calibration == SYNTHETIC and not self.criterion.synthetic:
+        if is_synthetic(calibration) and not self.criterion.synthetic:
             raise InputError(
                 f"criterion {self.criterion.name} chooses badly by synthetic images: give real ones, "
                 "or --criterion l2-norm"

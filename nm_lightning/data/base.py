@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
-from nm_lightning.compression.statistics.calibration import SYNTHETIC, batch_length, check_size, share
+from nm_lightning.compression.statistics.calibration import batch_length, check_size, share
 from nm_lightning.compression.statistics.ranks import ALONE, Ranks
-from nm_lightning.compression.statistics.synthetic import dead_leaves
+from nm_lightning.compression.statistics.synthetic import SYNTHETIC, Synthetic
 from nm_lightning.data.unlabelled import draw, sample_folder
 from nm_lightning.errors import InputError
 
@@ -105,11 +105,15 @@ class ImageData(LightningDataModule):
         module = getattr(self.trainer, "lightning_module", None)
         return images if module is None else images.to(module.dtype), labels
 
-    def calibration_images(self, source: str = "data", size: int = 1024, seed: int = 0, ranks: Ranks = ALONE) -> Tensor:
+    def calibration_images(
+        self, source: str = "data", size: int = 1024, seed: int = 0, ranks: Ranks = ALONE
+    ) -> Tensor | Synthetic:
         """Images without labels as the network reads them, `(N, C, H, W)`; of several ranks, each reads its share.
 
+        Synthetic ones are made where the network is known; here is the range of their values.
+
         Args:
-            source: `data` for training images, `synthetic` for images that a program draws, or a folder of images.
+            source: `data` for training images, `synthetic` for images that a program makes, or a folder of images.
             size: how many, at most.
             seed: which.
             ranks: the processes that compress together.
@@ -124,11 +128,9 @@ class ImageData(LightningDataModule):
             return share(draw(count, size, seed), batch_length(self.input_shape), ranks)
 
         if source == SYNTHETIC:
-            images = dead_leaves(size, self.input_shape, seed).mul(255).round().byte()[pick(size)]
-        elif source == "data":
-            images = self.unlabelled(pick)
-        else:
-            images = sample_folder(Path(source), pick, self.whole_image)
+            extremes = torch.tensor([0, 255]).view(2, 1, 1, 1).expand(2, self.input_shape[0], 1, 1)
+            return Synthetic(*(tuple(each.flatten().tolist()) for each in self.normalise(extremes)))
+        images = self.unlabelled(pick) if source == "data" else sample_folder(Path(source), pick, self.whole_image)
         return self.normalise(images)
 
     def normalise(self, images: Tensor) -> Tensor:

@@ -6,13 +6,14 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from nm_lightning.batches import inputs_and_labels, read
 from nm_lightning.compression.settings import whole
+from nm_lightning.compression.statistics.matched import made
 from nm_lightning.compression.statistics.ranks import ALONE, Ranks
-from nm_lightning.compression.statistics.synthetic import dead_leaves
+from nm_lightning.compression.statistics.synthetic import SYNTHETIC, Synthetic
 from nm_lightning.compression.structure.inputs import (
     Inputs,
     clone,
@@ -27,7 +28,6 @@ from nm_lightning.compression.structure.inputs import (
 )
 from nm_lightning.errors import InputError
 
-SYNTHETIC = "synthetic"
 BATCH_BYTES = 6 << 20  # of one batch of images: ten photos; never more than 128
 
 
@@ -59,22 +59,31 @@ class Calibration:
 
     Args:
         source: inputs like the example; batches of them, as a DataLoader gives them, see `inputs_and_labels`;
-            `synthetic` for `dead_leaves`; or None for none.
+            `synthetic`, or `Synthetic` where the range of the inputs is known, see `made`; or None for none.
         example: a batch that the network accepts; its shape and device are the images', its dtype in at least float32.
         size: how many images at most.
         seed: of the synthetic images.
         ranks: that each have a share of the images; synthetic ones are shared out here.
+        model: in evaluation mode, to whose norms synthetic images are matched; None to leave them as they start.
+        steps: of Adam on each synthetic image.
+
+    Attributes:
+        remarks: what a reader of the result should know of the images.
     """
 
     def __init__(
         self,
-        source: Inputs | Iterable | str | None,
+        source: Inputs | Iterable | Synthetic | str | None,
         example: Inputs,
         size: int = 1024,
         seed: int = 0,
         ranks: Ranks = ALONE,
+        model: nn.Module | None = None,
+        steps: int = 0,
     ):
-        self.source, self.example, self.size, self.seed, self.ranks = source, example, size, seed, ranks
+        self.source = Synthetic() if isinstance(source, str) and source == SYNTHETIC else source
+        self.example, self.size, self.seed, self.ranks = example, size, seed, ranks
+        self.model, self.steps, self.remarks = model, steps, []
 
     def check(self, recipe: Any) -> None:
         """Raise `InputError` where a `Recipe` asks for images that there are not, or that would lead it astray."""
@@ -105,13 +114,17 @@ class Calibration:
 
     def _images(self) -> Inputs:
         source, example = self.source, self.example
-        if isinstance(source, str):
-            if source != SYNTHETIC:
-                raise InputError(f"calibration {source!r}: give a tensor, a DataLoader or {SYNTHETIC!r}")
+        if isinstance(source, Synthetic):
             if not isinstance(example, Tensor) or example.ndim != 4 or not example.is_floating_point():
                 raise InputError(f"synthetic images are (N, C, H, W), the network reads {shapes(example)}")
-            images = dead_leaves(self.size, tuple(example.shape[1:]), self.seed) * 4 - 2  # about a normalised range
-            return share(images, batch_length(images.shape[1:]), self.ranks)
+            drawn = None
+            if self.ranks.rank == 0:
+                drawn = made(source, self.model, example, self.size, self.seed, self.steps)
+            images, remark = self.ranks.first(drawn)
+            self.remarks += [remark] if remark else []
+            return source.inputs(share(images, batch_length(images.shape[1:]), self.ranks))
+        if isinstance(source, str):
+            raise InputError(f"calibration {source!r}: give a tensor, a DataLoader or {SYNTHETIC!r}")
         several = isinstance(source, tuple) and isinstance(example, tuple) and isinstance(source[0], Tensor)
         if isinstance(source, (Tensor, Mapping)) or several:
             return first(self.taken(source), self.size)
