@@ -198,8 +198,8 @@ def page(rows: list[dict]) -> str:
         "",
         f"One network of each of {sum(row['name'].startswith('timm/') for row in rows)} modules of timm and "
         f"{sum(row['name'].startswith('transformers/') for row in rows)} image classifiers of transformers, with "
-        "random weights, at ratio 0.5 in scope `all` (`python benchmarks/zoo_timm.py`). What is not listed has not been "
-        "run.",
+        "random weights, at ratio 0.5 in scope `all` (`python benchmarks/zoo_timm.py`). What is not listed has not "
+        "been run.",
         "",
         f"- traced and compressed: {len(traced)} of {len(rows)};",
         f"- MACs left in the median: {middle} (0.25 where everything shrinks); {sum(s <= 0.3 for s in shares)} have "
