@@ -73,7 +73,7 @@ def apply_plan(
         module = model.get_submodule(layer)
         before = getattr(module, attribute)
         setattr(module, attribute, type(before)([length]) if isinstance(before, (tuple, list)) else length)
-    return model
+    return model._apply(lambda tensor: tensor)  # as when a network moves: what modules computed before is forgotten
 
 
 def sliced(
