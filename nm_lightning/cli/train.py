@@ -40,6 +40,7 @@ QUIET = (
     "Checkpoint directory",
     ".*treespec, LeafSpec",
     "The number of training batches",
+    "LightningCLI's args parameter",
     ".*flops_per_batch",
     rf"\s*{UNSERIALIZED}",
 )
