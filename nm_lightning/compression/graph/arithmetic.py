@@ -69,7 +69,7 @@ def _role_with_constant(call: Call, divisor: bool) -> str:
 def _bind(follower: Follower, call: Call, given: fx.Node, dim: int, unbound: Tensor) -> Tensor:
     """A parameter with several long dimensions, where its neighbour tells which one is the channels'.
 
-    It may be cut, transposed and the like on the way.
+    It may be cut, transposed and the like on the way, and each entry changed for itself.
 
     Args:
         follower: who follows.
@@ -79,7 +79,7 @@ def _bind(follower: Follower, call: Call, given: fx.Node, dim: int, unbound: Ten
         unbound: what is known of it yet, in the value's shape.
     """
     node, steps = given, []
-    while isinstance(node, fx.Node) and operation_name(node, None) in ON_THE_WAY and len(node.all_input_nodes) > 0:
+    while isinstance(node, fx.Node) and len(node.all_input_nodes) > 0 and (_moves(node) or _entrywise(node)):
         steps.append(node)
         node = node.args[0]
     if not isinstance(node, fx.Node) or node.op != "get_attr":
@@ -95,7 +95,7 @@ def _bind(follower: Follower, call: Call, given: fx.Node, dim: int, unbound: Ten
     for axis in range(tensor.ndim):
         places = lay_along(torch.arange(tensor.shape[axis]), axis, tensor.ndim).expand_as(tensor)
         for step in reversed(steps):
-            places = follower.moved(step, places)
+            places = follower.moved(step, places) if _moves(step) else places
         if varying(places) == [own] and torch.equal(along(places, own), torch.arange(call.value.shape[dim])):
             name = follower.name_of(tensor, node.target)
             follower.origins[node] = follower.bind(replace(call, node=node, value=tensor), name, axis)
@@ -103,6 +103,14 @@ def _bind(follower: Follower, call: Call, given: fx.Node, dim: int, unbound: Ten
                 follower.step(step)
             return follower.origins[given].expand_as(unbound)
     return unbound
+
+
+def _moves(node: fx.Node) -> bool:
+    return operation_name(node, None) in ON_THE_WAY
+
+
+def _entrywise(node: fx.Node) -> bool:
+    return node.op != "call_module" and facts_of(operation_name(node, None)).kind == "entry"
 
 
 @rule("matmul", "bmm")

@@ -3,12 +3,11 @@
 from collections import defaultdict
 from dataclasses import replace
 
-import numpy as np
 import torch
 from torch import Tensor, fx
 
 from nm_lightning.compression.graph.follow import Follower
-from nm_lightning.compression.graph.neurons import Facts, neurons_in, owned
+from nm_lightning.compression.graph.neurons import Facts, components, neurons_in, owned, tied_pairs
 from nm_lightning.compression.graph.nodes import operation_at_home
 from nm_lightning.compression.graph.rules import known, taught
 from nm_lightning.compression.structure.sites import NOBODY, Consumer, Member, Site, Trace
@@ -64,26 +63,6 @@ def collect(facts: Facts, followers: list[Follower]) -> Trace:
             Site(producers[0].name, len(classes), producers, passed, consumers, cells, coupled=index in coupled)
         )
     return found
-
-
-def components(count: int, pairs: list[Tensor]) -> Tensor:
-    """Labels of `count` things that `(2, m)` pairs connect.
-
-    >>> components(4, [torch.tensor([[0, 3], [1, 3]])])
-    tensor([0, 0, 1, 2])
-    """
-    from scipy.sparse import coo_matrix
-    from scipy.sparse.csgraph import connected_components
-
-    edges = torch.cat(pairs, dim=1).numpy() if pairs else np.zeros((2, 0), dtype=np.int64)
-    graph = coo_matrix((np.ones(edges.shape[1]), (edges[0], edges[1])), shape=(count, count))
-    return torch.from_numpy(connected_components(graph, directed=False)[1]).long()
-
-
-def tied_pairs(facts: Facts) -> list[Tensor]:
-    """The ties as `(2, m)` pairs, with `facts.total` for what no neuron owns."""
-    pairs = [torch.stack([tie.first, tie.second]) for tie in facts.ties]
-    return [torch.where(pair == NOBODY, facts.total, pair) for pair in pairs]
 
 
 def _reasons(facts: Facts, ties: list[Tensor], component: Tensor) -> dict[int, str]:

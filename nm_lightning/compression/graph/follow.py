@@ -21,11 +21,13 @@ from nm_lightning.compression.graph.neurons import (
     Tie,
     along,
     compact,
+    components,
     constant,
     is_nobodys,
     lay_along,
     nobody,
     shrink,
+    tied_pairs,
     varying,
 )
 from nm_lightning.compression.graph.nodes import in_place, operation_at_home, operation_name, where
@@ -75,6 +77,7 @@ class Follower:
         self.roles: dict[fx.Node, str] = {}
         self.apart: set[fx.Node] = set()
         self.failed = False
+        self.known_ties, self.same = -1, torch.empty(0, dtype=torch.long)  # labels by so many ties, see `whole`
 
     @torch.no_grad()
     def run(self, inputs: Inputs) -> None:
@@ -254,6 +257,15 @@ class Follower:
             reason = "several of its neurons are read through one weight"
             self.tie(lay_along(neurons, dim, source.ndim), source, reason)
         return neurons
+
+    def whole(self, source: Tensor, dim: int) -> bool:
+        """Whether all along `dim` stays or goes together, by what was tied so far, as the channels of whole heads."""
+        if len(varying(source)) < 2:
+            return constant(source, dim)
+        if self.known_ties != len(self.facts.ties):
+            self.known_ties = len(self.facts.ties)
+            self.same = components(self.facts.total + 1, tied_pairs(self.facts))
+        return constant(self.same[compact(source)].expand_as(source), dim)
 
     def stop(self, call: Call, reason: str) -> Any:
         """What the call reads can't shrink."""

@@ -4,6 +4,7 @@ What they say about sizes becomes constraints: a length written as a number in t
 """
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -54,20 +55,62 @@ def concatenate(follower: Follower, call: Call) -> Tensor:
 
 @rule("chunk", "split")
 def split(follower: Follower, call: Call) -> Any:
-    """Parts of equal length, of which equally many neurons stay; no part's length may be a number."""
+    """Parts of equal length, of which equally many neurons stay; or parts whose lengths are the module's attributes."""
     node, result, source = call.node, move(follower, call), call.origins[0][0]
     dim = call.argument("dim", 2, 0)
-    if not isinstance(source, Tensor) or constant(source, dim):
+    if not isinstance(source, Tensor) or follower.whole(source, dim):
         return result
     sizes = call.symbol("split_size", 1, node.kwargs.get("split_size_or_sections"))
-    counted = all(isinstance(size, fx.Node) for size in pytree.tree_leaves(sizes))
-    if call.operation == "split" and not counted:
-        follower.freeze(source, f"split by sizes given as numbers{where(node)}")
-    elif len({part.shape[dim] for part in result}) > 1:
+    parts = [follower.settle(part, dim) for part in result]
+    if call.operation == "split" and not isinstance(sizes, (fx.Node, int)):
+        for part in _parts_that_stay(follower, call, parts, sizes):
+            follower.freeze(part, f"split by sizes given as numbers{where(node)}")
+    elif len({len(part) for part in parts}) > 1:
         follower.freeze(source, f"split into unequal parts{where(node)}")
     else:
-        follower.quota(follower.settle(source, dim), len(result))
+        follower.quota(torch.cat(parts), len(parts))
+        if call.operation == "split" and isinstance(sizes, int):
+            ways = [_attributes(follower, call, len(each)) for each in (parts[0], torch.cat(parts))]
+            if not any(ways):
+                follower.freeze(source, f"split by a size given as a number{where(node)}")
+            for paths, owner in zip(ways, (parts[0], torch.cat(parts)), strict=True):
+                _note_lengths(follower, call, paths, owner)
     return result
+
+
+def _parts_that_stay(follower: Follower, call: Call, parts: list[Tensor], sizes: Sequence) -> list[Tensor]:
+    """The parts of a split whose lengths are numbers in the user's code; the others' are noted as attributes.
+
+    Attributes are known by their values, so parts of one length keep equally many neurons.
+    """
+    lists, frozen = _attributes(follower, call, list(sizes)), []
+    for size in dict.fromkeys(size for size in sizes if isinstance(size, int)):
+        places = [place for place, other in enumerate(sizes) if type(other) is int and other == size]
+        alike, names = [parts[place] for place in places], _attributes(follower, call, size)
+        if not lists and not names:
+            frozen += alike
+            continue
+        if len(alike) > 1:
+            follower.quota(torch.cat(alike), len(alike))
+        _note_lengths(follower, call, names, alike[0])
+        for place, part in zip(places, alike, strict=True):
+            _note_lengths(follower, call, [f"{name}[{place}]" for name in lists], part)
+    return frozen
+
+
+def _attributes(follower: Follower, call: Call, value: int | list[int]) -> list[str]:
+    """The attributes of the module whose code this is that hold a number, or these numbers."""
+    module = follower.module_named(call.node.meta["module"])
+    same = (int,) if isinstance(value, int) else (list, tuple)
+    held = vars(module).items() if module else ()
+    return [name for name, each in held if type(each) in same and (each if same == (int,) else list(each)) == value]
+
+
+def _note_lengths(follower: Follower, call: Call, paths: list[str], owner: Tensor) -> None:
+    """Each of these attributes is as long as the neurons `owner` are many, wherever it is read."""
+    for path in paths:
+        member = Member(call.node.meta["module"], "channels", [], {path: 1}, owner)
+        follower.see(call, member, f" in {path}")
 
 
 @rule("channelshuffle")
@@ -169,7 +212,9 @@ def reshape(follower: Follower, call: Call) -> Tensor:
     sizes, offset = _sizes(call, result.ndim)
     if len(sizes) + offset > result.ndim or not sizes or isinstance(sizes[0], torch.Size):
         return result
-    told = {offset + i for i, size in enumerate(sizes) if isinstance(size, int) and size != -1}
+    told = {
+        offset + i for i, size in enumerate(sizes) if (isinstance(size, int) and size != -1) or _fixed(follower, size)
+    }
     dims = varying(result)
     free, held = [dim for dim in dims if dim not in told], [dim for dim in dims if dim in told]
     for dim in free:
@@ -195,6 +240,13 @@ def reshape(follower: Follower, call: Call) -> Tensor:
     for dim in held:  # before the free ones: the same stay at each index; behind them: whole blocks stay or go
         follower.tie(result, result.narrow(dim, 0, 1).expand_as(result), f"reshaped in blocks{where(call.node)}")
     return result
+
+
+def _fixed(follower: Follower, size: Any) -> bool:
+    """Whether a size in the graph is the length of a dimension that can't shrink."""
+    measured = isinstance(size, fx.Node) and size.target == "size"
+    origin = follower.origins.get(size.args[0]) if measured else None
+    return isinstance(origin, Tensor) and not constant(origin, size.args[1]) and follower.whole(origin, size.args[1])
 
 
 def _divided(follower: Follower, size: Any) -> Tensor | None:
@@ -246,7 +298,7 @@ def _measured(follower: Follower, size: Any) -> Tensor | None:
     if not isinstance(size, fx.Node) or size.target != "size":
         return None
     origin, dim = follower.origins.get(size.args[0]), size.args[1]
-    if not isinstance(origin, Tensor) or constant(origin, dim):
+    if not isinstance(origin, Tensor) or follower.whole(origin, dim):
         return None
     return follower.settle(origin, dim)
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
@@ -129,3 +130,23 @@ def along(neurons: Tensor, dim: int) -> Tensor:
     """The neuron of each position along `dim`: `(n,)`."""
     dim %= neurons.ndim
     return shrink(neurons, [other for other in range(neurons.ndim) if other != dim]).reshape(-1)
+
+
+def components(count: int, pairs: list[Tensor]) -> Tensor:
+    """Labels of `count` things that `(2, m)` pairs connect.
+
+    >>> components(4, [torch.tensor([[0, 3], [1, 3]])])
+    tensor([0, 0, 1, 2])
+    """
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.csgraph import connected_components
+
+    edges = torch.cat(pairs, dim=1).numpy() if pairs else np.zeros((2, 0), dtype=np.int64)
+    graph = coo_matrix((np.ones(edges.shape[1]), (edges[0], edges[1])), shape=(count, count))
+    return torch.from_numpy(connected_components(graph, directed=False)[1]).long()
+
+
+def tied_pairs(facts: Facts) -> list[Tensor]:
+    """The ties as `(2, m)` pairs, with `facts.total` for what no neuron owns."""
+    pairs = [torch.stack([tie.first, tie.second]) for tie in facts.ties]
+    return [torch.where(pair == NOBODY, facts.total, pair) for pair in pairs]

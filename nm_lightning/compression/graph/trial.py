@@ -8,9 +8,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, fx, nn
 
-from nm_lightning.compression.graph.collect import components, tied_pairs
 from nm_lightning.compression.graph.follow import Follower
-from nm_lightning.compression.graph.neurons import Facts, along, neurons_in, owned
+from nm_lightning.compression.graph.neurons import Facts, along, components, neurons_in, owned, tied_pairs
 from nm_lightning.compression.structure.copies import with_data, without_data
 from nm_lightning.compression.structure.inputs import Inputs, tensors_in
 from nm_lightning.compression.structure.plan import apply_plan, plan_sites

@@ -22,7 +22,7 @@ Plan = dict[str, dict[str, Any]]
 def plan_sites(sites: Sequence[Site], keeps: Mapping[str, Tensor]) -> Plan:
     """What the survivors `(k,)` of each site mean for the tensors and attributes of its layers."""
     masks: dict[tuple[str, int, int], Tensor] = {}
-    axes: dict[str, tuple[Tensor, int]] = {}
+    axes: dict[tuple[str, str], tuple[Tensor, int]] = {}  # by attribute and the node where it counts neurons
     shrinking = [site for site in sites if len(keeps[site.name]) < site.width]
     parts = [(site, [*site.producers, *site.passed]) for site in shrinking]
     for site, members in parts + [(site, site.consumers) for site in shrinking]:  # columns last: fewer rows to fold
@@ -32,15 +32,15 @@ def plan_sites(sites: Sequence[Site], keeps: Mapping[str, Tensor]) -> Plan:
                 before = masks.get((tensor, dim, member.groups))
                 masks[tensor, dim, member.groups] = stays if before is None else before & stays
             for attribute, divisor in member.counts.items():
-                path = f"{member.name}.{attribute}".removeprefix(".")
-                before, _ = axes.get(path, (stays, divisor))
-                axes[path] = before & stays, divisor
+                axis = f"{member.name}.{attribute}".removeprefix("."), member.node
+                before, _ = axes.get(axis, (stays, divisor))
+                axes[axis] = before & stays, divisor
     slices = defaultdict(list)
     for (tensor, dim, groups), stays in masks.items():
         slices[tensor].append([dim, groups, stays.nonzero().flatten().tolist()])
     return {
         "slices": dict(slices),
-        "attributes": {name: int(stays.sum()) // divisor for name, (stays, divisor) in axes.items()},
+        "attributes": {name: int(stays.sum()) // divisor for (name, _), (stays, divisor) in axes.items()},
     }
 
 
@@ -70,9 +70,13 @@ def apply_plan(
     replace_tensors(model, changed)
     for path, length in plan.get("attributes", {}).items():
         layer, _, attribute = path.rpartition(".")
+        attribute, _, place = attribute.partition("[")
         module = model.get_submodule(layer)
         before = getattr(module, attribute)
-        setattr(module, attribute, type(before)([length]) if isinstance(before, (tuple, list)) else length)
+        if isinstance(before, (tuple, list)):
+            place = int(place.rstrip("]") or 0)
+            length = type(before)([*before[:place], length, *before[place + 1 :]])
+        setattr(module, attribute, length)
     return model._apply(lambda tensor: tensor)  # as when a network moves: what modules computed before is forgotten
 
 

@@ -4,7 +4,7 @@ No graph sees them, so they keep their widths; a site that they may hang on does
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,13 +76,15 @@ def unread(model: nn.Module, example: Inputs, found: Trace, whole: Mapping[str, 
     members = [part for site in found.sites for part in (*site.producers, *site.passed, *site.consumers)]
     known = {member.name for member in members} | set(found.skipped)
     slots = {tensor for member in members for tensor, _ in member.slots}
-    read = _read(model, example)
-    layers = {name.rpartition(".")[0] for name in read if "." in name}
-    parameters = [
-        name
-        for name, _ in model.named_parameters(remove_duplicate=False)
-        if not ({name, name.rpartition(".")[0] or name} & (known | slots | read | layers))
-    ]
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+
+    def without(names: Sequence[str], met: Set[str]) -> list[str]:
+        return [name for name in names if not ({name, name.rpartition(".")[0] or name} & met)]
+
+    parameters = without(names, known | slots)
+    if parameters:
+        read = _read(model, example)
+        parameters = without(parameters, read | {name.rpartition(".")[0] for name in read if "." in name})
     copies = copies_of(model, parameters)
     return Unread(parameters, copies, dict(hanging(model, parameters, copies, found.sites) if whole is None else whole))
 

@@ -60,6 +60,20 @@ def head(net, x):
     return net.fc(x.mean((2, 3)))
 
 
+class Split(nn.Module):
+    """Split by lengths that are attributes: of each part, of a list, or twice of a half."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way, self.one, self.other, self.lengths, self.both = way, 6, 10, (6, 10), 16
+        self.a, self.b, self.c = conv(3, 16), conv(6 if way != "half" else 8, 5), conv(10 if way != "half" else 8, 5)
+
+    def forward(self, x):
+        sizes = {"attributes": [self.one, self.other], "list": self.lengths, "half": self.both // 2}[self.way]
+        first, second = F.relu(self.a(x)).split(sizes, dim=1)
+        return self.b(first) + self.c(second)
+
+
 def networks():
     """Name to network, input shape, scope, and the sites (by producer) that must be found."""
     c = conv
@@ -92,6 +106,11 @@ def networks():
         a=c(3, 12), b=c(3, 6), out=c(21, 4)), IMAGE, "hidden", {"a", "b"}  # fmt: skip
     yield "chunk", Graph(lambda n, x: n.out((p := n.a(x).chunk(2, 1))[0] * p[1].sigmoid()),
         a=c(3, 12), out=c(6, 4)), IMAGE, "hidden", {"a"}  # fmt: skip
+    for way in ("attributes", "list", "half"):
+        yield f"split by {way}", Split(way), IMAGE, "hidden", {"a"}
+    yield "a scale that is computed and cut", Graph(
+        lambda n, x: n.out(n.scales.sigmoid().view(2, -1, 1, 1)[1] * n.a(x)),
+        a=c(3, 12), scales=nn.Parameter(torch.randn(2, 12)), out=c(12, 4)), IMAGE, "hidden", {"a"}  # fmt: skip
     yield "two consumers", Graph(lambda n, x: n.b(y := F.relu(n.a(x))) + n.c(y),
         a=c(3, 12), b=c(12, 4), c=c(12, 4)), IMAGE, "hidden", {"a"}  # fmt: skip
     yield (
