@@ -53,6 +53,7 @@ METHODS = {
     "reconstruct, refit, synthetic": ({"method": "reconstruct", "refit": 2}, "synthetic"),
     "reconstruct, equal parameters": ({"method": "reconstruct"}, "data"),  # as many as the cell's widths leave, and
     "reconstruct, equal MACs": ({"method": "reconstruct"}, "data"),  # shared between the sites by measured error
+    "effort best": ({"effort": "best"}, "data"),  # widths by cost where held-out images agree, output, refit 2
 }
 
 

@@ -30,6 +30,25 @@ from nm_lightning.compression.settings import (
 from nm_lightning.compression.statistics.synthetic import is_synthetic
 from nm_lightning.errors import InputError
 
+EFFORTS: dict[str, dict[str, Any]] = {
+    "fast": {"method": "merge", "criterion": "l2-norm"},
+    "normal": {"method": "reconstruct", "criterion": "output"},
+    "best": {"method": "reconstruct", "criterion": "output", "spread": "cost", "refit": 2},
+}
+
+
+@dataclass(frozen=True)
+class Effort:
+    """Settings by one word, for whoever does not want to choose them; those that are given beside it win."""
+
+    effort: str = setting(
+        None,
+        "instead of method and criterion: fast (merge, no images), normal (reconstruct, output), best (widths by cost "
+        "and refit, too)",
+        choice(*EFFORTS),
+        off=None,
+    )
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -90,6 +109,11 @@ class Recipe:
         for name, value in given.items():
             choice(*known).check("setting", name)
             check_given(known[name], value)
+        if given.get("effort"):
+            if (method, criterion) != ("merge", "l2-norm"):
+                raise InputError(f"effort {given['effort']!r} chooses method and criterion: leave them away, or it")
+            given = EFFORTS[given["effort"]] | given
+            method, criterion = given.pop("method"), given.pop("criterion")
         budgets = [*asked_for(Budget, given), *([budget] if budget is not None else [])]
         if len(budgets) > 1:
             raise InputError("give one of widths, target_parameters, target_macs and budget")
@@ -150,7 +174,7 @@ class Recipe:
 def settings() -> dict[str, Field]:
     """Every setting of every part that is known, by name: the one list of them."""
     methods = [part for kind in (Method, Criterion, Refinement) for part in kind.known.values()]
-    return settings_of(*Budget.known.values(), Recipe, *methods)
+    return settings_of(*Budget.known.values(), Recipe, Effort, *methods)
 
 
 def takes_settings(cls: type) -> type:

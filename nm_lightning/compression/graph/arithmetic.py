@@ -133,12 +133,12 @@ def attention(follower: Follower, call: Call) -> Tensor | None:
     if query.ndim > 3 and key.shape[-3] < query.shape[-3]:
         key, value = (each.repeat_interleave(query.shape[-3] // each.shape[-3], -3) for each in (key, value))
     given = call.symbol("attn_mask", 3)
-    if isinstance(given, fx.Node) and query.ndim == follower.origins[given].ndim == 4:
+    if isinstance(given, fx.Node) and query.ndim == 4 and follower.origins[given].ndim in (3, 4):
         mask = follower.origins[given]
-        if is_nobodys(mask) and mask.shape[1] > 1 and not constant(query, 1):
+        if is_nobodys(mask) and mask.shape[-3] > 1 and not constant(query, 1):
             mask = _bind(follower, call, given, 1, mask)
-        if not constant(mask, 1):  # a bias for each head
-            follower.tie(shrink(query, [2, 3]), shrink(mask, [2, 3]), "added to an attention")
+        if not constant(mask, -3):  # a bias for each head
+            follower.tie(shrink(query, [-2, -1]), shrink(mask, [-2, -1]), "added to an attention")
     follower.roles[call.node] = "attention is not positively homogeneous"
     return _matmul(follower, _matmul(follower, query, key.transpose(-1, -2)), value)
 

@@ -312,12 +312,13 @@ def _told_by_attributes(
     attribute it was, even if one neuron is left.
     """
     owner, at = call.node.meta["module"], f" at {call.node.name}"
-    module = follower.module_named(owner)
-    numbers = {name: held for name, held in vars(module).items() if type(held) is int} if module else {}
-    if (owner, f"channels{at}") in follower.before:
-        dims, names = told, follower.before[owner, f"channels{at}"].counts
-        numbers = {name: held for name, held in numbers.items() if name in names}
-    choices = {dim: [name for name, held in numbers.items() if held == result.shape[dim]] for dim in dims}
+    sizes, offset = _sizes(call, result.ndim)
+    before = follower.before.get((owner, f"channels{at}"))
+    lists = _attributes(follower, call, list(sizes))
+    choices = {}
+    for dim in dims if before is None else told:
+        names = _attributes(follower, call, result.shape[dim]) + [f"{name}[{dim - offset}]" for name in lists]
+        choices[dim] = [name for name in names if before is None or name in before.counts]
     choices = {dim: names for dim, names in choices.items() if names}
     if not choices:
         return []

@@ -10,8 +10,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from nm_lightning.compression.selection.output_aware import costs_of, watched
-from nm_lightning.compression.settings import Budget, Values, is_number, setting, whole
+from nm_lightning.compression.methods import Reconstruct
+from nm_lightning.compression.selection.output_aware import choose_by_output, costs_of, watched, wins
+from nm_lightning.compression.settings import Budget, Values, choice, is_number, setting, whole
 from nm_lightning.compression.statistics.subject import Subject
 from nm_lightning.compression.structure.copies import plain_copy, without_data
 from nm_lightning.compression.structure.cost import cost
@@ -60,20 +61,52 @@ _round_to = partial(
 
 @dataclass(frozen=True)
 class Ratio(Budget):
-    """The same share of every site's neurons goes."""
+    """The same share of every site's neurons goes, or what costs least of as many multiply-accumulates."""
 
     name = "ratio"
     ratio: float = _ratio()
     rounding: str | Callable[[int, float], int] = _rounding()
     round_to: int = _round_to()
+    spread: str = setting(
+        "even",
+        "even: every site loses the ratio; cost: as many multiply-accumulates go where that costs least, if held-out "
+        "images agree",
+        choice("even", "cost"),
+    )
+
+    @property
+    def looks(self) -> bool:
+        """Whether costs are measured."""
+        return self.spread == "cost"
 
     @property
     def share_removed(self) -> float:
         """The ratio."""
         return self.ratio
 
+    def check(self, subject: Subject) -> None:
+        """The ratio must fit."""
+        self._evenly(subject)
+
     def counts(self, subject: Subject) -> dict[str, int]:
-        """At least one survivor, and a multiple of the site's step and of `round_to`."""
+        """At least one survivor, and a multiple of the site's step and of `round_to`.
+
+        By cost, the widths are shared as `Macs` does, for as many multiply-accumulates as the ratio leaves, and those
+        are taken with which a reconstructed network's predictions change less on held-out images.
+        """
+        even = self._evenly(subject)
+        if self.spread == "even" or not self.ratio:
+            return even
+        size, seen = sized(subject, Macs.measured), watched(subject)
+        share = size(even) / size({site.name: site.width for site in subject.sites})
+        shared = share_cut(subject.sites, costs_of(subject.sites, seen), size, share, self.round_to)
+        by_even, by_cost = (choose_by_output(subject.sites, counts, seen) for counts in (even, shared))
+        if wins(by_cost, by_even, subject, Reconstruct()):
+            return shared
+        subject.remarks.append("spread cost: the same ratio everywhere predicted held-out images better")
+        return even
+
+    def _evenly(self, subject: Subject) -> dict[str, int]:
         rounded = self.rounding if callable(self.rounding) else ROUNDINGS[self.rounding]
         counts = {site.name: rounded(site.width, self.ratio) if self.ratio else site.width for site in subject.sites}
         counts = {site.name: multiple(site, counts[site.name], self.round_to) for site in subject.sites}

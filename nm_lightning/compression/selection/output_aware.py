@@ -53,7 +53,7 @@ class OutputAware(Criterion):
         ranks, fallback = subject.ranks, L2Norm()
         by_norm = fallback.choose(subject, counts, method)
         by_output = ranks.first(by_norm | choose_by_output(subject.sites, counts, watched(subject)))
-        if not method.looks or _wins(by_output, by_norm, subject, method):
+        if not method.looks or wins(by_output, by_norm, subject, method):
             return by_output
         subject.remarks.append(f"output: {fallback.name} chose better on images that were held out")
         return by_norm
@@ -68,7 +68,7 @@ def watched(subject: Subject) -> dict[str, "Watch"]:
 
 
 @torch.no_grad()
-def _wins(first: Mapping[str, Tensor], second: Mapping[str, Tensor], subject: Subject, method: Method) -> bool:
+def wins(first: Mapping[str, Tensor], second: Mapping[str, Tensor], subject: Subject, method: Method) -> bool:
     """Whether the first choice of survivors leaves the network's predictions less changed, on held-out images."""
     batches = subject.batches
     if len(batches) == 1:
