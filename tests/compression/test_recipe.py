@@ -95,7 +95,7 @@ def test_every_setting_goes_through_every_door(monkeypatch):
         assert name in NeuronMergeCallback.__doc__
         assert own.metadata["help"] in flags[name].help
     flat = set().union(*(Recipe.of(**loose).flat() for loose, _ in LOOSE_AND_OBJECTS))
-    assert flat == set(known), "the examples above leave none out"
+    assert flat | {"effort"} == set(known), "the examples above leave none out; effort is a word for others"
     words = ["--threshold", "0.3", "--widths", "ip1=3", "--recalibrate_norm", "--refit", "2"]
     given = given_settings(script.parse(words))
     assert given == {"threshold": 0.3, "widths": {"ip1": 3}, "recalibrate_norm": True, "refit": 2}
@@ -176,3 +176,17 @@ def test_a_criterion_without_a_name_is_passed_as_an_object():
     assert result.keep["0"].tolist() == [0, 1, 2, 3]
     assert result.recipe.to_dict()["criterion"] == {"name": "First"}
     assert "First" not in Criterion.known
+
+
+def test_effort_is_a_word_for_settings_and_what_is_given_beside_it_wins():
+    best = Recipe.of("reconstruct", "output", spread="cost", refit=2, ratio=0.3)
+    assert Recipe.of(effort="best", ratio=0.3) == best
+    assert Recipe.of(effort="best", ratio=0.3, refit=1).then == (Refit(1),)
+    assert Recipe.of(effort="best", target_macs=0.5).budget == Macs(0.5)
+    assert Recipe.of(effort="normal") == Recipe.of("reconstruct", "output")
+    assert Recipe.of(effort="fast") == Recipe.of()
+    assert Recipe.from_dict(best.to_dict()) == best
+    with pytest.raises(InputError, match="effort 'best' chooses method and criterion"):
+        Recipe.of("fold", effort="best")
+    with pytest.raises(InputError, match="unknown effort 'worst': choose from fast, normal, best"):
+        Recipe.of(effort="worst")

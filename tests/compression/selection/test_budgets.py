@@ -19,22 +19,45 @@ def test_widths_of_groups_are_multiples():
     assert compress(model, torch.zeros(IMAGE), ratio=0.99).model[0].out_channels == 4
 
 
-@pytest.mark.parametrize("what", ["parameters", "macs"])
-@pytest.mark.parametrize("method", ["prune", "reconstruct"])
-def test_a_target_is_met_where_it_costs_least(what, method):
-    """One block's neurons all come twice, the other's not: the first gives up its copies before the second pays."""
+def copied_neurons():
+    """A network with two blocks; in the first each neuron comes twice."""
     model = lively(Residual())
     with torch.no_grad():
         first = model.blocks[0]
         for tensor in (*first[0].parameters(), *first[1].parameters(), *first[1].buffers()):
             if tensor.ndim:
                 tensor[8:] = tensor[:8]
-    x = images(128)
+    return model
+
+
+@pytest.mark.parametrize("what", ["parameters", "macs"])
+@pytest.mark.parametrize("method", ["prune", "reconstruct"])
+def test_a_target_is_met_where_it_costs_least(what, method):
+    """One block's neurons all come twice, the other's not: the first gives up its copies before the second pays."""
+    model, x = copied_neurons(), images(128)
     result = compress(model, x[:1], method, calibration=x, **{f"target_{what}": 0.6})
     before, after = (getattr(cost(network, x[:1]), what) for network in (model, result.model))
     assert 0.5 * before < after <= 0.6 * before
     assert result.report.widths["blocks.0.0"] <= 8 < result.report.widths["blocks.1.0"] + 3
     assert result.report.widths["blocks.0.0"] < result.report.widths["blocks.1.0"]
+
+
+def test_spread_by_cost_takes_as_many_macs_where_they_cost_nothing():
+    """Of one block's neurons, which all come twice, more than half may go, of the other's none: half of all go."""
+    model = copied_neurons()
+    x = images(128)
+    even, by_cost = (
+        compress(model, x[:1], "reconstruct", "output", ratio=0.3, spread=spread, calibration=x)
+        for spread in ("even", "cost")
+    )
+    macs = [cost(result.model, x[:1]).macs for result in (even, by_cost)]
+    assert 0.95 * macs[0] < macs[1] <= macs[0]
+    assert by_cost.report.widths["blocks.0.0"] < even.report.widths["blocks.0.0"]
+    with torch.no_grad():
+        errors = [(result.model(x) - model(x)).square().mean() for result in (even, by_cost)]
+    assert errors[1] < 0.5 * errors[0]
+    whole = compress(model, x[:1], "reconstruct", ratio=0.0, spread="cost", calibration=x)
+    assert torch.equal(whole.model(x), model(x))
 
 
 def test_bad_targets_are_one_line():
