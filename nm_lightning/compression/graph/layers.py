@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 from nm_lightning.compression.graph.follow import Follower
 from nm_lightning.compression.graph.neurons import along, is_nobodys, nobody, varying
 from nm_lightning.compression.graph.nodes import where
-from nm_lightning.compression.graph.rules import Call, rule
+from nm_lightning.compression.graph.rules import OWN_NORM, Call, rule
 from nm_lightning.compression.structure.operations import BATCH_NORMS, CHANNEL_NORMS, CONVOLUTIONS, TRANSPOSED
 from nm_lightning.compression.structure.sites import Member
 
@@ -92,6 +92,27 @@ def layer_norm(follower: Follower, call: Call) -> Any:
         slots = follower.slots(call, 0, *TENSORS)
         return follower.pass_through(call, slots, dims[0], {"normalized_shape": 1}, f"{call.name} mixes channels")
     if len(shape) == 1 and len(dims) > 1 and call.value.shape[-1] == shape[0]:  # each head for itself
+        follower.hold(call.source, -1, f"{call.name} normalises over several dimensions")
+        follower.roles[call.node] = f"{call.name} mixes channels"
+        return call.source
+    return follower.stop(call, f"{call.name} normalises over several dimensions") if dims else call.source
+
+
+@rule(OWN_NORM)
+def own_norm(follower: Follower, call: Call) -> Any:
+    """A normalisation that somebody wrote out: narrow, it computes over the survivors, as torch's own do."""
+    own, dims = dict(call.layer.named_parameters()), varying(call.source)
+    channels = next(iter(own.values())).numel()
+    fits = call.value.shape == call.source.shape
+    if fits and len(dims) == 1 and call.value.shape[dims[0]] == channels:
+        slots = [(follower.name_of(each, f"{call.name}.{label}"), each.shape.index(channels))
+                 for label, each in own.items()]  # fmt: skip
+        held = {name: value for name, value in vars(call.layer).items() if type(value) in (int, list, tuple)}
+        counts = dict.fromkeys(
+            (name for name, value in held.items() if value in (channels, (channels,), [channels])), 1
+        )
+        return follower.pass_through(call, slots, dims[0], counts, f"{call.name} mixes channels")
+    if fits and len(dims) > 1 and call.value.shape[-1] == channels:  # each head for itself
         follower.hold(call.source, -1, f"{call.name} normalises over several dimensions")
         follower.roles[call.node] = f"{call.name} mixes channels"
         return call.source

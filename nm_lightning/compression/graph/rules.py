@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from nm_lightning.compression.structure.operations import facts_of
+from nm_lightning.compression.structure.operations import facts_of, is_own_norm
 
 
 @dataclass
@@ -59,6 +59,7 @@ class Call:
 Rule = Callable[[Any, Call], Any]
 
 RULES: dict[Any, Rule] = {}  # by class, by function, by operation's name
+OWN_NORM = "a norm of the user's"
 KINDS: dict[str, Rule] = {}  # by kind of operation
 
 
@@ -89,10 +90,11 @@ def plain(name: str) -> str:
 
 def taught(target: Any) -> list[Rule]:
     """The rules for a module, by its classes, the nearest first, or for a function."""
+    own = [RULES[plain(OWN_NORM)]] if is_own_norm(target) else []
     if isinstance(target, nn.Module):
         target = type(target)
     keys = target.__mro__ if isinstance(target, type) else [target] if callable(target) else []
-    return [RULES[key] for key in keys if key in RULES]
+    return [RULES[key] for key in keys if key in RULES] or own
 
 
 def known(operation: str) -> list[Rule]:

@@ -17,7 +17,7 @@ from nm_lightning.compression.graph import graph_of, operation_name
 from nm_lightning.compression.graph.tracer import leaves_of
 from nm_lightning.compression.structure.copies import plain_copy
 from nm_lightning.compression.structure.inputs import Inputs, call, clone, first, length, mapped, split, tensors_in
-from nm_lightning.compression.structure.operations import MIXING_NORMS, facts_of
+from nm_lightning.compression.structure.operations import facts_of, mixes_channels
 from nm_lightning.compression.structure.plan import apply_plan, plan_sites
 from nm_lightning.compression.structure.sites import Site
 
@@ -240,7 +240,7 @@ def narrow_norms(
     """The normalisations that mix channels, as they are over the survivors alone; `narrow` is made where not given."""
     layers = dict(original.named_modules())
     passed = (member for site in sites for member in site.passed)
-    axes = {member.name: member.axis for member in passed if isinstance(layers.get(member.name), MIXING_NORMS)}
+    axes = {member.name: member.axis for member in passed if mixes_channels(layers.get(member.name))}
     if not axes:
         return {}
     narrow = narrow or apply_plan(plain_copy(original)[0], plan_sites(sites, keeps))

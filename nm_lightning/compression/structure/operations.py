@@ -5,6 +5,7 @@ Names are lower case without underscores, as module classes, functions and metho
 """
 
 import operator
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 CHANNEL_NORMS = (*BATCH_NORMS, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 MIXING_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+NORM = re.compile("norm|grn", re.IGNORECASE)  # how classes of normalisations are called
 LAYERS = (*SOLVABLE, *TRANSPOSED, *CHANNEL_NORMS, *MIXING_NORMS, nn.PReLU)
 
 
@@ -113,3 +115,23 @@ def facts_of(name: str) -> Operation:
     (6.0, False)
     """
     return OPERATIONS.get(name, UNKNOWN)
+
+
+def mixes_channels(layer: object) -> bool:
+    """Whether a layer is a normalisation over all channels: once it is narrow, over the survivors alone."""
+    return isinstance(layer, MIXING_NORMS) or is_own_norm(layer)
+
+
+def is_own_norm(layer: object) -> bool:
+    """Whether it is a normalisation that somebody wrote out, as RMSNorm or global response normalisation often is.
+
+    A module that is called so, without buffers, all of whose parameters are its own and have a number for each channel;
+    its parts, if it has some, are activations and the like.
+    """
+    if not isinstance(layer, nn.Module) or type(layer).__module__.startswith("torch."):
+        return False
+    if isinstance(layer, LAYERS) or not NORM.search(type(layer).__name__) or {*layer.buffers()}:
+        return False
+    own = dict(layer.named_parameters())
+    sizes = {(tensor.numel(), max(tensor.shape, default=0)) for tensor in own.values()}
+    return len(sizes) == 1 and len(set(*sizes)) == 1 and not any("." in name for name in own)

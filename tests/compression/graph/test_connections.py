@@ -218,3 +218,41 @@ def test_a_norm_that_mixes_channels_is_that_of_the_survivors(affine):
             wanted = F.linear(F.relu(hidden), model[4].weight[:, second], model[4].bias)
             torch.testing.assert_close(result.model(x), wanted, rtol=1e-5, atol=1e-5)
             assert ratio or torch.equal(result.model(x), model(x))
+
+
+class PlainRMSNorm2d(nn.Module):
+    """As somebody writes it out."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.normalized_shape, self.weight = (channels,), nn.Parameter(torch.rand(channels) + 0.5)
+
+    def forward(self, x):
+        return x * (x.square().mean(1, keepdim=True) + 1e-6).rsqrt() * self.weight.view(-1, 1, 1)
+
+
+class ResponseNorm(nn.Module):
+    """ConvNeXt V2's, channels first."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.gamma, self.beta = (nn.Parameter(torch.randn(1, channels, 1, 1)) for _ in range(2))
+
+    def forward(self, x):
+        size = x.norm(dim=(2, 3), keepdim=True)
+        return x + self.gamma * x * size / (size.mean(1, keepdim=True) + 1e-6) + self.beta
+
+
+@pytest.mark.parametrize("norm", [PlainRMSNorm2d, ResponseNorm])
+def test_a_norm_that_is_written_out_is_that_of_the_survivors(norm):
+    torch.manual_seed(0)
+    model = nn.Sequential(conv(3, 12), norm(12), nn.ReLU(), conv(12, 4)).eval()
+    x = torch.randn(IMAGE)
+    with torch.no_grad():
+        assert torch.equal(compress(model, x, ratio=0).model(x), model(x))
+        result = compress(model, x, "prune", ratio=0.5)
+        keep, small = result.keep["0"], copy.deepcopy(model)
+        for name, tensor in small[1].named_parameters():
+            setattr(small[1], name, nn.Parameter(tensor.index_select(tensor.shape.index(12), keep)))
+        wanted = F.conv2d(small[1](model[0](x)[:, keep]).relu(), model[3].weight[:, keep], model[3].bias, padding=1)
+        torch.testing.assert_close(result.model(x), wanted)
