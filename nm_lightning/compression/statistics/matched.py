@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from nm_lightning.compression.statistics.adapted import moments
 from nm_lightning.compression.statistics.stored import stored
 from nm_lightning.compression.statistics.synthetic import Synthetic, crops, dead_leaves, noise
 from nm_lightning.compression.structure.copies import duplicate
@@ -86,9 +87,7 @@ class Norms:
             norm.register_forward_pre_hook(self._look)
 
     def _look(self, norm: nn.Module, args: tuple[Tensor, ...]) -> None:
-        variance, mean = torch.var_mean(args[0], [0, *range(2, args[0].ndim)], correction=0)
-        shift = mean - norm.running_mean
-        self.found.append((norm, torch.stack([shift, variance + shift.square()])))
+        self.found.append((norm, moments(args[0], norm.running_mean)))
 
     def moments(self, inputs: Tensor) -> list[Tensor]:
         """At each call of a norm, `(2, C)`: sums over images of means, and of squares, around the remembered mean."""
