@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nm_lightning.compression.statistics.adapted import moments
+from nm_lightning.compression.statistics.runs import channels_last, recorded
 from nm_lightning.compression.statistics.stored import stored
 from nm_lightning.compression.statistics.synthetic import Synthetic, crops, dead_leaves, noise
 from nm_lightning.compression.structure.copies import duplicate
@@ -128,7 +129,9 @@ def match(model: nn.Module, asked: Synthetic, images: Tensor, steps: int) -> Ten
     A step moves one batch; the others count with the moments that they had when their turn was. Matched by itself,
     each batch would lose its variety: that costs a ResNet-20 three points. Every other step sees the images mirrored.
     """
-    norms, batches = Norms(model), [batch.clone().requires_grad_() for batch in in_batches(images)]
+    _, (few,) = recorded(model, [asked.inputs(images[:3])])
+    like = channels_last if few.is_contiguous(memory_format=torch.channels_last) else torch.clone
+    norms, batches = Norms(model), [like(batch).clone().requires_grad_() for batch in in_batches(images)]
     optimisers = [torch.optim.Adam([batch]) for batch in batches]
     known: dict[int, list[Tensor]] = {}
     work = [(step, turn) for step in range(steps) for turn in range(len(batches))]
