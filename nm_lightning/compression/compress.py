@@ -115,6 +115,7 @@ class Compressor:
         self.subject.calibration.check(recipe)
         if recipe.trains and self.subject.training is None:
             raise InputError("finetune_on training: give training, a DataLoader")
+        recipe.budget.check(self.subject)
         subject = self.subject.adapted if recipe.looks and self.subject.calibration.synthetic else self.subject
         subject.remarks = []
         counts, skipped = recipe.budget.counts(subject), dict(self.skipped)

@@ -20,7 +20,7 @@ from nm_lightning.compression.structure.operations import BATCH_NORMS, CONVOLUTI
 from nm_lightning.progress import progress
 
 RATE = 0.00625  # of Adam, as a share of the input's range; it falls to zero along a cosine
-BATCH_BYTES = 16 << 20  # of one batch of images
+BATCH_BYTES = 6 << 20  # of one batch of images
 
 
 def made(
@@ -47,7 +47,7 @@ def made(
         why = "" if model is None or not steps else "synthetic images are as drawn: no BatchNorm says what to match"
         spatial = model is None or any(isinstance(module, CONVOLUTIONS) for module in model.modules())
         return to_bytes((dead_leaves if spatial else noise)(size, shape, seed)), why
-    key = hashlib.sha256(repr(("matched", 1, asked, shape, size, seed, steps)).encode())
+    key = hashlib.sha256(repr(("matched", 2, asked, shape, size, seed, steps)).encode())
     for name, value in model.state_dict().items():
         if isinstance(value, Tensor):
             key.update(name.encode())
@@ -151,6 +151,6 @@ def match(model: nn.Module, asked: Synthetic, images: Tensor, steps: int) -> Ten
 
 
 def in_batches(images: Tensor) -> Sequence[Tensor]:
-    """About equal parts of at most 128 images, or 27 photos."""
+    """About equal parts of at most 128 images, or ten photos."""
     length = max(2, min(128, BATCH_BYTES // (images[0].numel() * 4)))
     return images.tensor_split(-(-len(images) // length))

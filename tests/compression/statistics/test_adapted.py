@@ -5,6 +5,7 @@ from torch import nn
 
 from nm_lightning import compress
 from nm_lightning.compression.statistics.adapted import adapted, given_back
+from nm_lightning.compression.statistics.calibration import Calibration
 from nm_lightning.compression.structure.copies import with_data
 
 SHAPE = (3, 10, 10)
@@ -12,16 +13,18 @@ EXAMPLE = torch.zeros(1, *SHAPE)
 
 
 def network(seed: int = 0) -> nn.Module:
-    """Two blocks, the second half of the first's filters equal to the first half; norms used to normal images."""
+    """Two blocks, the second half of the first's filters half of the first half; norms used to normal images."""
     torch.manual_seed(seed)
     layers = [nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.BatchNorm2d(6)]
     model = nn.Sequential(*layers, nn.ReLU(), nn.Flatten(), nn.Linear(6 * 6 * 6, 5))
     with torch.no_grad():
         for norm in (model[1], model[4]):
+            norm.momentum = None  # the mean over all batches
             norm.weight.uniform_(0.5, 1.5)
             norm.bias.uniform_(-0.5, 0.5)
         for tensor in (model[0].weight, model[1].weight, model[1].bias):
             tensor[4:] = tensor[:4]
+        model[0].weight[4:] /= 2
         for _ in range(30):
             model(torch.randn(32, *SHAPE))
     return model.eval()
@@ -63,3 +66,14 @@ def test_duplicated_neurons_are_removed_without_loss_whatever_the_images():
     result = compress(model, EXAMPLE, "reconstruct", **settings, calibration="synthetic")
     assert result.model[0].out_channels == 4
     assert torch.allclose(result.model(unseen), model(unseen), atol=1e-3)
+
+
+def test_the_ridge_on_synthetic_images_is_ten_times_as_large():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(300, 12), nn.ReLU(), nn.Linear(12, 5))
+    images = torch.cat(Calibration("synthetic", EXAMPLE, 40, model=model, steps=10).batches)
+    settings = {"ratio": 0.5, "calibration_size": 40}
+    result = compress(model, EXAMPLE, "reconstruct", **settings, calibration="synthetic")
+    real = compress(model, EXAMPLE, "reconstruct", **settings, calibration=images, ridge=1e-2)
+    for name, value in result.model.state_dict().items():
+        assert torch.equal(value, real.model.state_dict()[name])
