@@ -1,5 +1,6 @@
 """BatchNorms that see on made images what they saw on the training data."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -10,6 +11,12 @@ from nm_lightning.compression.structure.copies import with_data
 
 SHAPE = (3, 10, 10)
 EXAMPLE = torch.zeros(1, *SHAPE)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """A folder of its own for what is kept."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
 
 def network(seed: int = 0) -> nn.Module:
