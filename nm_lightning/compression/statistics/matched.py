@@ -20,16 +20,18 @@ from nm_lightning.compression.structure.operations import BATCH_NORMS, CONVOLUTI
 from nm_lightning.progress import progress
 
 RATE = 0.00625  # of Adam, as a share of the input's range; it falls to zero along a cosine
+PHOTO = 64  # pixels: smaller images are better made of dead leaves than of crops, though these are nearer to the norms
 BATCH_BYTES = 6 << 20  # of one batch of images
 
 
 def made(
     asked: Synthetic, model: nn.Module | None, example: Tensor, size: int, seed: int, steps: int
 ) -> tuple[Tensor, str]:
-    """The synthetic images whose statistics are nearest to those of a network's BatchNorms, then moved towards them.
+    """Synthetic images, moved towards the statistics that a network's BatchNorms remember.
 
-    Half of them, and their mirror images. They are kept in a folder for the next time, see `stored`. Without
-    BatchNorms there is nothing to match: `dead_leaves` then, and `noise` where no convolution looks for shapes.
+    They start from `crops`, or from `dead_leaves` where images are small; their mirror images are as many again. They are
+    kept in a folder for the next time, see `stored`. Without BatchNorms there is nothing to match: `dead_leaves` then,
+    and `noise` where no convolution looks for shapes.
 
     Args:
         asked: the range of the inputs.
@@ -54,10 +56,9 @@ def made(
             key.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
 
     def make() -> Tensor:
-        kinds = [dead_leaves, crops] if shape[0] in (1, 3) else [dead_leaves]
-        starts = [kind(-(-size // 2), shape, seed) for kind in kinds]
-        nearest = min(starts, key=lambda images: distance(model, asked, in_batches(images)[0].to(example.device)))
-        moved = match(model, asked, nearest.to(example.device), steps)
+        photos = shape[0] in (1, 3) and min(shape[1:]) >= PHOTO
+        starts = (crops if photos else dead_leaves)(-(-size // 2), shape, seed)
+        moved = match(model, asked, starts.to(example.device), steps)
         return to_bytes(torch.cat([moved, moved.flip(-1)])[:size].cpu())
 
     return stored(key.hexdigest(), make), ""
