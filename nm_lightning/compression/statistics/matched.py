@@ -29,9 +29,9 @@ def made(
 ) -> tuple[Tensor, str]:
     """Synthetic images, moved towards the statistics that a network's BatchNorms remember.
 
-    They start from `crops`, or from `dead_leaves` where images are small; their mirror images are as many again. They are
-    kept in a folder for the next time, see `stored`. Without BatchNorms there is nothing to match: `dead_leaves` then,
-    and `noise` where no convolution looks for shapes.
+    They start from `crops`, or from `dead_leaves` where images are small; their mirror images are as many again. They
+    are kept in a folder for the next time, see `stored`. Without BatchNorms there is nothing to match: `dead_leaves`
+    then, and `noise` where no convolution looks for shapes.
 
     Args:
         asked: the range of the inputs.
@@ -49,7 +49,7 @@ def made(
         why = "" if model is None or not steps else "synthetic images are as drawn: no BatchNorm says what to match"
         spatial = model is None or any(isinstance(module, CONVOLUTIONS) for module in model.modules())
         return to_bytes((dead_leaves if spatial else noise)(size, shape, seed)), why
-    key = hashlib.sha256(repr(("matched", 2, asked, shape, size, seed, steps)).encode())
+    key = hashlib.sha256(repr(("matched", 3, asked, shape, size, seed, steps)).encode())
     for name, value in model.state_dict().items():
         if isinstance(value, Tensor):
             key.update(name.encode())
@@ -114,14 +114,6 @@ class Norms:
             spread = ((square - shift.square()).clamp_min(0) + norm.eps).log() - remembered.log()
             distances.append((shift.square() / remembered + spread.square() / 4).mean())
         return torch.stack(distances).mean()
-
-
-@torch.no_grad()
-def distance(model: nn.Module, asked: Synthetic, images: Tensor) -> float:
-    """How far images `(N, C, H, W)` in [0, 1] are, all together, from what the norms remember."""
-    norms = Norms(model)
-    parts = [norms.moments(asked.inputs(batch)) for batch in in_batches(images)]
-    return norms.distance([sum(each) for each in zip(*parts, strict=True)], len(images)).item()
 
 
 def match(model: nn.Module, asked: Synthetic, images: Tensor, steps: int) -> Tensor:

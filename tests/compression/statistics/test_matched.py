@@ -7,7 +7,7 @@ from torch import nn
 from nm_lightning import compress
 from nm_lightning.compression.statistics import stored
 from nm_lightning.compression.statistics.calibration import Calibration
-from nm_lightning.compression.statistics.matched import distance, made, match
+from nm_lightning.compression.statistics.matched import Norms, in_batches, made, match
 from nm_lightning.compression.statistics.ranks import Ranks
 from nm_lightning.compression.statistics.synthetic import Synthetic, crops, dead_leaves, noise
 
@@ -21,6 +21,14 @@ def cache(tmp_path, monkeypatch):
     """A folder of its own for what is kept."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     return tmp_path / "nm_lightning"
+
+
+@torch.no_grad()
+def distance(model: nn.Module, asked: Synthetic, images: torch.Tensor) -> float:
+    """How far images are, all together, from what the norms remember."""
+    norms = Norms(model)
+    parts = [norms.moments(asked.inputs(batch)) for batch in in_batches(images)]
+    return norms.distance([sum(each) for each in zip(*parts, strict=True)], len(images)).item()
 
 
 def network(seed: int = 0) -> nn.Module:
