@@ -12,6 +12,7 @@ from nm_lightning.compression.recipe import Recipe
 from nm_lightning.compression.report import Report
 from nm_lightning.compression.selection.budgets import choose
 from nm_lightning.compression.settings import Budget, Criterion, Method, Refinement
+from nm_lightning.compression.statistics.adapted import given_back
 from nm_lightning.compression.statistics.calibration import Calibration
 from nm_lightning.compression.statistics.proof import prove
 from nm_lightning.compression.statistics.ranks import Ranks
@@ -106,14 +107,16 @@ class Compressor:
     @torch.inference_mode(False)
     def __call__(self, recipe: Recipe | None = None) -> CompressionResult:
         """Follow a recipe, by default the one that was given first."""
-        recipe, subject = recipe or self.recipe, self.subject
+        recipe = recipe or self.recipe
         for name in ("scope", "sites", "calibration_size", "calibration_steps", "seed"):
             asked, known = getattr(recipe, name), getattr(self.recipe, name)
             if asked != known:
                 raise InputError(f"{name} {asked!r}: the network was traced and its images drawn for {known!r}")
-        subject.calibration.check(recipe)
-        if recipe.trains and subject.training is None:
+        self.subject.calibration.check(recipe)
+        if recipe.trains and self.subject.training is None:
             raise InputError("finetune_on training: give training, a DataLoader")
+        recipe.budget.check(self.subject)
+        subject = self.subject.adapted if recipe.looks and self.subject.calibration.synthetic else self.subject
         subject.remarks = []
         counts, skipped = recipe.budget.counts(subject), dict(self.skipped)
         while True:
@@ -134,6 +137,8 @@ class Compressor:
         report = Report(rows, skipped, [*self.notes, *subject.calibration.remarks, *subject.remarks], str(proof))
         for refinement in recipe.then:
             assign(model, refinement.refine(subject, model, plan, report))
+        if subject.model is not self.subject.model:
+            assign(model, given_back(model, plan, self.subject.model, subject.model))
         plan = follow(model, plan, self.unread.copies)
         subject.ranks.agree(model)
         return CompressionResult(model, report, plan, decomposition.keeps, subject.sites, recipe)

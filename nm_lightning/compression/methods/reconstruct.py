@@ -46,6 +46,7 @@ from nm_lightning.compression.structure.plan import named_tensors
 from nm_lightning.compression.structure.sites import Site
 from nm_lightning.progress import progress
 
+UNSURE = 10  # times the ridge on synthetic images, whose correlations are only near the data's
 DEAD = 1e-4  # an output that its norm scales by less than this share of the largest is left alone
 
 
@@ -55,7 +56,11 @@ class Reconstruct(Method):
 
     name = "reconstruct"
     looks = True
-    ridge: float = setting(1e-3, "of the least squares of reconstruct, as a share of the mean diagonal", number(0))
+    ridge: float = setting(
+        1e-3,
+        "of the least squares of reconstruct, as a share of the mean diagonal; ten times that on synthetic images",
+        number(0),
+    )
     reconstruction: str = setting(
         "layer",
         "layer: each layer for itself; channel: one map for each site, as GRAIL does",
@@ -64,14 +69,15 @@ class Reconstruct(Method):
 
     def decompose(self, subject: Subject, keeps: Mapping[str, Tensor]) -> Decomposition:
         """The consumers' weights, solved in a copy, and biases where a constant finds no other place."""
+        ridge = self.ridge * (UNSURE if subject.calibration.synthetic else 1)
         if self.reconstruction == "channel":
-            return by_channel(subject, keeps, self.ridge, self.name)
+            return by_channel(subject, keeps, ridge, self.name)
         found = Decomposition.pruned(subject.sites, keeps, self.name)
         shrinking = found.shrinking(subject.sites)
         original = evaluated(subject.model)
         solved = with_data(original)
         sites = [site for site, _, _ in shrinking]
-        errors, refused = reconstruct(original, solved, sites, keeps, subject.batches, self.ridge, ranks=subject.ranks)
+        errors, refused = reconstruct(original, solved, sites, keeps, subject.batches, ridge, ranks=subject.ranks)
         for site, row, _ in shrinking:
             names = [consumer.name for consumer in site.consumers]
             row.error = max((errors[name] for name in names if name in errors), default=None)

@@ -94,6 +94,11 @@ class Calibration:
         recipe.check_images(self.source)
 
     @property
+    def synthetic(self) -> bool:
+        """Whether nobody took its images."""
+        return isinstance(self.source, Synthetic)
+
+    @property
     def gathered(self) -> bool:
         """Whether there are images in memory."""
         return "batches" in vars(self)

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from nm_lightning.compression.statistics.adapted import moments
+from nm_lightning.compression.statistics.runs import channels_last, recorded
 from nm_lightning.compression.statistics.stored import stored
 from nm_lightning.compression.statistics.synthetic import Synthetic, crops, dead_leaves, noise
 from nm_lightning.compression.structure.copies import duplicate
@@ -18,16 +20,18 @@ from nm_lightning.compression.structure.operations import BATCH_NORMS, CONVOLUTI
 from nm_lightning.progress import progress
 
 RATE = 0.00625  # of Adam, as a share of the input's range; it falls to zero along a cosine
-BATCH_BYTES = 16 << 20  # of one batch of images
+PHOTO = 64  # pixels: smaller images are better made of dead leaves than of crops, though these are nearer to the norms
+BATCH_BYTES = 6 << 20  # of one batch of images
 
 
 def made(
     asked: Synthetic, model: nn.Module | None, example: Tensor, size: int, seed: int, steps: int
 ) -> tuple[Tensor, str]:
-    """The synthetic images whose statistics are nearest to those of a network's BatchNorms, then moved towards them.
+    """Synthetic images, moved towards the statistics that a network's BatchNorms remember.
 
-    Half of them, and their mirror images. They are kept in a folder for the next time, see `stored`. Without
-    BatchNorms there is nothing to match: `dead_leaves` then, and `noise` where no convolution looks for shapes.
+    They start from `crops`, or from `dead_leaves` where images are small; their mirror images are as many again. They
+    are kept in a folder for the next time, see `stored`. Without BatchNorms there is nothing to match: `dead_leaves`
+    then, and `noise` where no convolution looks for shapes.
 
     Args:
         asked: the range of the inputs.
@@ -45,17 +49,16 @@ def made(
         why = "" if model is None or not steps else "synthetic images are as drawn: no BatchNorm says what to match"
         spatial = model is None or any(isinstance(module, CONVOLUTIONS) for module in model.modules())
         return to_bytes((dead_leaves if spatial else noise)(size, shape, seed)), why
-    key = hashlib.sha256(repr(("matched", 1, asked, shape, size, seed, steps)).encode())
+    key = hashlib.sha256(repr(("matched", 3, asked, shape, size, seed, steps)).encode())
     for name, value in model.state_dict().items():
         if isinstance(value, Tensor):
             key.update(name.encode())
             key.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
 
     def make() -> Tensor:
-        kinds = [dead_leaves, crops] if shape[0] in (1, 3) else [dead_leaves]
-        starts = [kind(-(-size // 2), shape, seed) for kind in kinds]
-        nearest = min(starts, key=lambda images: distance(model, asked, in_batches(images)[0].to(example.device)))
-        moved = match(model, asked, nearest.to(example.device), steps)
+        photos = shape[0] in (1, 3) and min(shape[1:]) >= PHOTO
+        starts = (crops if photos else dead_leaves)(-(-size // 2), shape, seed)
+        moved = match(model, asked, starts.to(example.device), steps)
         return to_bytes(torch.cat([moved, moved.flip(-1)])[:size].cpu())
 
     return stored(key.hexdigest(), make), ""
@@ -86,9 +89,7 @@ class Norms:
             norm.register_forward_pre_hook(self._look)
 
     def _look(self, norm: nn.Module, args: tuple[Tensor, ...]) -> None:
-        variance, mean = torch.var_mean(args[0], [0, *range(2, args[0].ndim)], correction=0)
-        shift = mean - norm.running_mean
-        self.found.append((norm, torch.stack([shift, variance + shift.square()])))
+        self.found.append((norm, moments(args[0], norm.running_mean)))
 
     def moments(self, inputs: Tensor) -> list[Tensor]:
         """At each call of a norm, `(2, C)`: sums over images of means, and of squares, around the remembered mean."""
@@ -115,21 +116,15 @@ class Norms:
         return torch.stack(distances).mean()
 
 
-@torch.no_grad()
-def distance(model: nn.Module, asked: Synthetic, images: Tensor) -> float:
-    """How far images `(N, C, H, W)` in [0, 1] are, all together, from what the norms remember."""
-    norms = Norms(model)
-    parts = [norms.moments(asked.inputs(batch)) for batch in in_batches(images)]
-    return norms.distance([sum(each) for each in zip(*parts, strict=True)], len(images)).item()
-
-
 def match(model: nn.Module, asked: Synthetic, images: Tensor, steps: int) -> Tensor:
     """Move images `(N, C, H, W)` in [0, 1] by steps of Adam until all of them together are like the training data.
 
     A step moves one batch; the others count with the moments that they had when their turn was. Matched by itself,
     each batch would lose its variety: that costs a ResNet-20 three points. Every other step sees the images mirrored.
     """
-    norms, batches = Norms(model), [batch.clone().requires_grad_() for batch in in_batches(images)]
+    _, (few,) = recorded(model, [asked.inputs(images[:3])])
+    like = channels_last if few.is_contiguous(memory_format=torch.channels_last) else torch.clone
+    norms, batches = Norms(model), [like(batch).clone().requires_grad_() for batch in in_batches(images)]
     optimisers = [torch.optim.Adam([batch]) for batch in batches]
     known: dict[int, list[Tensor]] = {}
     work = [(step, turn) for step in range(steps) for turn in range(len(batches))]
@@ -149,6 +144,6 @@ def match(model: nn.Module, asked: Synthetic, images: Tensor, steps: int) -> Ten
 
 
 def in_batches(images: Tensor) -> Sequence[Tensor]:
-    """About equal parts of at most 128 images, or 27 photos."""
+    """About equal parts of at most 128 images, or ten photos."""
     length = max(2, min(128, BATCH_BYTES // (images[0].numel() * 4)))
     return images.tensor_split(-(-len(images) // length))

@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from nm_lightning.compression.statistics.adapted import adapted
 from nm_lightning.compression.statistics.calibration import Calibration
 from nm_lightning.compression.statistics.ranks import Ranks
 from nm_lightning.compression.structure.copies import evaluated
@@ -80,6 +81,13 @@ class Subject:
     def evaluated(self) -> nn.Module:
         """A copy in evaluation mode, in at least float32."""
         return evaluated(self.model)
+
+    @property
+    def adapted(self) -> "Subject":
+        """Itself with the network `adapted` to its images."""
+        return self.once(
+            "adapted", lambda: replace(self, model=adapted(self.model, self.batches, self.ranks), computed={})
+        )
 
     def once(self, key: Hashable, compute: Callable[[], T]) -> T:
         """What `compute` gives, computed at the first call with this key."""

@@ -7,7 +7,7 @@ from torch import nn
 from nm_lightning import compress
 from nm_lightning.compression.statistics import stored
 from nm_lightning.compression.statistics.calibration import Calibration
-from nm_lightning.compression.statistics.matched import distance, made, match
+from nm_lightning.compression.statistics.matched import Norms, in_batches, made, match
 from nm_lightning.compression.statistics.ranks import Ranks
 from nm_lightning.compression.statistics.synthetic import Synthetic, crops, dead_leaves, noise
 
@@ -21,6 +21,14 @@ def cache(tmp_path, monkeypatch):
     """A folder of its own for what is kept."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     return tmp_path / "nm_lightning"
+
+
+@torch.no_grad()
+def distance(model: nn.Module, asked: Synthetic, images: torch.Tensor) -> float:
+    """How far images are, all together, from what the norms remember."""
+    norms = Norms(model)
+    parts = [norms.moments(asked.inputs(batch)) for batch in in_batches(images)]
+    return norms.distance([sum(each) for each in zip(*parts, strict=True)], len(images)).item()
 
 
 def network(seed: int = 0) -> nn.Module:
@@ -52,15 +60,12 @@ def test_the_distance_is_zero_where_the_norms_remember_the_batch():
     assert distance(model.eval(), ASKED, images) < 1e-6
 
 
-def test_the_nearest_start_is_taken_whatever_it_is():
-    model = network()
-    for images in (crops(16, SHAPE), dead_leaves(16, SHAPE)):
-        for norm in (each for each in model if isinstance(each, nn.BatchNorm2d)):
-            norm.momentum = 1.0
-        model.train()(ASKED.inputs(images))
-        found, _ = made(ASKED, model.eval(), EXAMPLE, 31, 0, 1)
-        assert (found[:16] / 255 - images).abs().max() < 0.03  # one step away
-        assert torch.equal(found[16:], found[:15].flip(-1))
+@pytest.mark.parametrize("shape, kind", [(SHAPE, dead_leaves), ((3, 64, 64), crops), ((2, 64, 64), dead_leaves)])
+def test_small_images_start_as_leaves_large_ones_as_crops_and_then_come_mirror_images(shape, kind):
+    model = nn.Sequential(nn.Conv2d(shape[0], 4, 3), nn.BatchNorm2d(4)).eval()
+    found, _ = made(Synthetic(), model, torch.zeros(1, *shape), 7, 0, 1)
+    assert (found[:4] / 255 - kind(4, shape)).abs().max() < 0.03  # one step away
+    assert torch.equal(found[4:], found[:3].flip(-1))
 
 
 def test_made_images_are_the_seeds_and_found_again(cache, monkeypatch):
