@@ -9,6 +9,7 @@ no epochs. An approximation: few steps of conjugate gradients, site by site.
 """
 
 import itertools
+import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,16 +19,32 @@ import torch
 from torch import Tensor, fx, nn
 
 from nm_lightning.compression.graph import shapes_of
+from nm_lightning.compression.refine.linear import Linear
 from nm_lightning.compression.report import Report
 from nm_lightning.compression.settings import Refinement, setting, whole
 from nm_lightning.compression.statistics.joins import find_join, rectified_gap
-from nm_lightning.compression.statistics.patches import as_columns, factorise, gram_of, read_patches
+from nm_lightning.compression.statistics.patches import (
+    as_columns,
+    draw_rows,
+    factorise,
+    gram_of,
+    places_of,
+    read_patches,
+)
 from nm_lightning.compression.statistics.ranks import ALONE, Ranks
-from nm_lightning.compression.statistics.runs import MEMORY, Run, recorded, used_again, without_in_place
+from nm_lightning.compression.statistics.runs import (
+    MEMORY,
+    Run,
+    Tensors,
+    per_row,
+    recorded,
+    used_again,
+    without_in_place,
+)
 from nm_lightning.compression.statistics.subject import Subject
 from nm_lightning.compression.structure.copies import evaluated, plain_copy, with_data
 from nm_lightning.compression.structure.inputs import Inputs, first, tensors_in
-from nm_lightning.compression.structure.operations import CONVOLUTIONS, SOLVABLE
+from nm_lightning.compression.structure.operations import BATCH_NORMS, CONVOLUTIONS, SOLVABLE
 from nm_lightning.compression.structure.plan import Plan
 from nm_lightning.compression.structure.sites import Site
 from nm_lightning.progress import progress
@@ -37,6 +54,8 @@ DAMPING = 0.1  # as a share of the mean curvature of each tensor
 STEPS = (1.0, 0.5, 0.25)  # of a round's solution that are tried
 ENOUGH = 128  # values at the ends for each free parameter; further images are not looked at,
 FEWEST = 256  # but so many always are
+CURVED = 128  # of these say how the loss is curved, or as many as give ENOUGH values; all say which way it falls
+POSITIONS = 10  # for each column of a layer, of which its Gram matrix is taken
 WIDEST = 8192  # columns of a layer whose Gram matrix is worth its factors
 TINY = 1e-30
 
@@ -155,8 +174,9 @@ def find_windows(
             ends[join.end] = End(join.end, originals[join.end.name], axis, stays, join.limit)
         free = {name: network.get_submodule(name) for name in layers}
         parameters = sum(own.numel() for layer in free.values() for own in layer.parameters(recurse=False))
-        images = max(FEWEST, ENOUGH * parameters // sum(shapes[end][1:].numel() for end in ends))
-        return Window(wanted, found, start, originals[start.name], list(ends.values()), free, -(-images // length))
+        images = ENOUGH * parameters // sum(shapes[end][1:].numel() for end in ends)
+        counts = (-(-max(images, least) // length) for least in (FEWEST, CURVED))
+        return Window(wanted, found, start, originals[start.name], list(ends.values()), free, *counts)
 
     windows, refused = {}, {}
     for site in sites:
@@ -208,6 +228,7 @@ class Window:
         ends: where outputs are compared.
         layers: whose parameters are free, by name.
         count: batches to look at, over all ranks.
+        curved: the first of them that say how the loss is curved.
 
     Attributes:
         free: the parameters, by name.
@@ -222,16 +243,34 @@ class Window:
         ends: Sequence[End],
         layers: Mapping[str, nn.Module],
         count: int,
+        curved: int,
     ):
         self.wanted, self.found = wanted, found
-        self.start, self.behind, self.ends, self.layers, self.count = start, behind, ends, layers, count
+        self.start, self.behind, self.ends, self.layers = start, behind, ends, layers
+        self.count, self.curved, self.share = count, curved, 1.0
+        self.joins = [end.node for end in ends]
         self.free = {
             f"{name}.{key}": parameter
             for name, layer in layers.items()
             for key, parameter in layer.named_parameters(recurse=False)
         }
+        self.called = {node.target: node for node in found.nodes if node.target in layers}
+        self.folded = dict(filter(None, map(self.fold, self.called.values())))
         self.targets: dict[int, list[Tensor]] = {}
+        self.kept: list[tuple[Linear, list[Tensor]]] = []
+        self.device = tensors_in(found.batches[0])[0].device
         self.energies, self.ranks = [1.0] * len(ends), ALONE
+
+    def fold(self, node: fx.Node) -> tuple[str, str] | None:
+        """A convolution and the BatchNorm that alone reads it, and reads nothing else."""
+        (user, *more), network = [*node.users, None], self.found.module
+        if not isinstance(network.get_submodule(node.target), CONVOLUTIONS) or len(more) != 1 or node in self.joins:
+            return None
+        norm = network.get_submodule(user.target) if user.op == "call_module" else None
+        alone = [other for other in self.found.nodes if other.target == user.target] == [user]
+        return (
+            (node.target, user.target) if type(norm) in BATCH_NORMS and norm.running_var is not None and alone else None
+        )
 
     def obstacle(self, env: Mapping[fx.Node, Any]) -> str:
         """Why its values can't be differentiated, forward and backward; empty if they can. `env` is of a few images."""
@@ -242,8 +281,8 @@ class Window:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # of torch about itself, at the first use
-                values, _ = torch.func.jvp(lambda free: self.values(env, free), (start,), (start,))
-            torch.func.vjp(lambda free: self.values(env, free), start)[1](values)
+                linear = self.linear(env, start)
+                linear.pull(linear.push(start))
         except (NotImplementedError, RuntimeError) as error:
             return f"it can't be differentiated: {str(error).partition(chr(10))[0]}"
         return ""
@@ -251,29 +290,28 @@ class Window:
     def solve(self, rounds: int, ranks: Ranks = ALONE) -> float:
         """Rounds of Gauss-Newton, until one does not lessen the loss, in place; the loss at the end."""
         self.ranks = ranks
-        energies = torch.zeros(len(self.ends), dtype=torch.float64, device=tensors_in(self.found.batches[0])[0].device)
+        energies = torch.zeros(len(self.ends), dtype=torch.float64, device=self.device)
         for _, targets, _ in self.batches():
             energies += torch.stack([target.square().sum(dtype=torch.float64) for target in targets])
         (energies,) = self.ranks.total(energies)
         self.energies = energies.clamp(min=max(1e-6 * float(energies.max()), TINY)).tolist()
-        best = self.loss({name: parameter.detach() for name, parameter in self.free.items()})
+        loss = None if rounds else self.loss({name: parameter.detach() for name, parameter in self.free.items()})
         for _ in range(rounds):
-            before, best = best, self.step(best)
-            if best == before:
+            before, loss = loss, self.step()
+            if loss == before:
                 break
         self.targets.clear()
-        return best
+        return loss
 
-    def step(self, best: float) -> float:
+    def step(self) -> float:
         """One round, in place, if it lessens the loss, which is returned."""
         start = {name: parameter.detach().clone() for name, parameter in self.free.items()}
-        residual, curvature, grams = self.survey(start)
-        damping = {name: DAMPING * float(value) for name, value in curvature.items()}
+        best, residual, curvature, grams = self.survey(start)
+        damping = {name: DAMPING * value for name, value in curvature.items()}
         factors = {}
         for name, gram in grams.items():
-            scale = curvature[f"{name}.weight"] / gram.diagonal(dim1=1, dim2=2).mean().clamp(min=TINY)
-            penalty = torch.full_like(gram[0, 0], damping[f"{name}.weight"])
-            factors[name] = factorise(gram * scale, penalty)
+            scale = gram.diagonal(dim1=1, dim2=2).mean().clamp(min=TINY)
+            factors[name] = factorise(gram / scale, torch.full_like(gram[0, 0], DAMPING))
         total = zeros(start)
         ahead = self.precondition(residual, curvature, factors)
         direction, gain = ahead, dot(residual, ahead)
@@ -286,6 +324,7 @@ class Window:
             ahead = self.precondition(residual, curvature, factors)
             gain, before = dot(residual, ahead), gain
             direction = add(ahead, direction, gain / before)
+        self.kept.clear()
         for step in STEPS:
             trial = {name: (value + step * total[name]).to(value.dtype) for name, value in start.items()}
             loss = self.loss(trial)
@@ -295,59 +334,71 @@ class Window:
                 return loss
         return best
 
-    def survey(self, start: Mapping[str, Tensor]) -> tuple[Vector, Vector, dict[str, Tensor]]:
-        """One pass over the images at the present parameters.
+    def survey(self, start: Mapping[str, Tensor]) -> tuple[float, Vector, Vector, dict[str, Tensor]]:
+        """One pass over the images at the present parameters, which `product` goes on from.
 
         Returns:
-            The loss's descent; by tensor the mean of the diagonal of the curvature, from random signs at the ends
-            (Hutchinson); and the Gram matrices `(groups, p, p)` of what each layer multiplies its weight with.
+            The loss; its descent; by tensor the mean of the diagonal of the curvature, from random signs at the ends
+            (Hutchinson); and the Gram matrices `(groups, p, p)` of what each layer multiplies its weight with, of a
+            sample of positions.
         """
-        nodes = {node.target: node for node in self.found.nodes if node.target in self.layers}
-        layers = [(name, layer) for name, layer in self.layers.items() if isinstance(layer, SOLVABLE)]
-        readable = [name for name, layer in layers if layer.weight[0].numel() <= WIDEST]
-        descent, spread = zeros(start), zeros(start)
-        grams = {}
-        for name in readable:
-            layer, groups = self.layers[name], getattr(self.layers[name], "groups", 1)
-            size = layer.weight[0].numel() + (layer.bias is not None)
+        descent, spread, grams = zeros(start), zeros(start), {}
+        for name, layer in self.layers.items():
+            if not isinstance(layer, SOLVABLE) or layer.weight[0].numel() > WIDEST:
+                continue
+            groups, size = getattr(layer, "groups", 1), layer.weight[0].numel() + (layer.bias is not None)
             grams[name] = layer.weight.new_zeros(groups, size, size, dtype=torch.float64)
+        loss, images, looked, used = 0.0, 0, 0, 0  # `looked`: images that say how the loss is curved
         for number, targets, env in self.batches():
-            values, pull = torch.func.vjp(lambda free, env=env: self.values(env, free), start)
-            gaps, weights = self.gaps(targets, values)
-            generator = torch.Generator().manual_seed(number)
-            signs = [torch.randint(0, 2, gap.shape, generator=generator).to(gap) * 2 - 1 for gap in gaps]
-            accumulate(descent, pull(scaled(gaps, weights))[0])
-            accumulate(spread, pull(scaled(signs, [weight.sqrt() for weight in weights]))[0])
-            self.values(env, start)
-            for name in readable:
-                layer, groups = self.layers[name], len(grams[name])
-                every = torch.ones(layer.weight.shape[1] * groups, dtype=torch.bool)
-                patches = read_patches(layer, self.found.value(nodes[name].all_input_nodes[0]), every, groups)
-                patches = patches if layer.bias is not None else patches[..., :-1]
-                accumulate(grams, {name: gram_of(patches)})
-        for sums in (descent, spread, grams):
-            sums.update(zip(sums, self.ranks.total(*sums.values()), strict=True))
-        curvature = {name: value.square().mean().clamp(min=TINY) for name, value in spread.items()}
-        return descent, curvature, grams
+            linear = self.linear(env, start)
+            gaps = self.gaps(targets, linear.values)
+            loss, images = loss + self.energy(gaps), images + len(gaps[0])
+            accumulate(descent, linear.pull([gap / own for gap, own in zip(gaps, self.energies, strict=True)]))
+            if number < self.curved:
+                weights = self.weights(targets, linear.values)
+                accumulate(spread, linear.pull(signs(weights, number)))
+                accumulate(grams, {name: self.gram(linear, name, number) for name in grams})
+                looked, used = looked + len(gaps[0]), used + linear.size
+                self.kept = [*self.kept, (linear, weights)] if used <= MEMORY else []
+        counts = torch.tensor([loss, images, looked], dtype=torch.float64, device=self.device)
+        counts, *sums = self.ranks.total(counts, *descent.values(), *spread.values(), *grams.values())
+        for own in (descent, spread, grams):
+            own.update({name: sums.pop(0) for name in own})
+        loss, images, looked = counts.tolist()
+        self.share = looked / images if looked else 1.0
+        curvature = {name: (value.square().mean() / self.share).clamp(min=TINY) for name, value in spread.items()}
+        return loss / len(self.ends), descent, curvature, grams
+
+    def gram(self, linear: Linear, name: str, seed: int) -> Tensor:
+        """The Gram matrix `(groups, p, p)` of what a layer multiplies its weight with, at some positions of a batch."""
+        layer, node = self.layers[name], self.called[name]
+        groups, shape = getattr(layer, "groups", 1), linear.env[node].shape
+        each = math.ceil(POSITIONS * layer.weight[0].numel() / (shape[0] * self.curved))
+        every = torch.ones(layer.weight.shape[1] * groups, dtype=torch.bool)
+        rows = draw_rows(shape[0], places_of(layer, shape), each, seed)
+        patches = read_patches(layer, linear.env[node.all_input_nodes[0]], every, groups, rows)
+        return gram_of(patches if layer.bias is not None else patches[..., :-1])
 
     def product(self, start: Mapping[str, Tensor], direction: Vector) -> Vector:
-        """The Gauss-Newton matrix times a direction: `J^T J d`, summed over all images."""
-        tangent = {name: value.to(start[name].dtype) for name, value in direction.items()}
-        found = zeros(start)
-        for _, targets, env in self.batches():
-            values, pull = torch.func.vjp(lambda free, env=env: self.values(env, free), start)
-            _, changes = torch.func.jvp(lambda free, env=env: self.values(env, free), (start,), (tangent,))
-            _, weights = self.gaps(targets, values)
-            accumulate(found, pull(scaled(changes, weights))[0])
-        return dict(zip(found, self.ranks.total(*found.values()), strict=True))
+        """The Gauss-Newton matrix times a direction, `J^T J d`, as the sum over all images would be."""
+        found = zeros(direction)
+        again = ((self.linear(env, start), targets) for _, targets, env in self.batches(self.curved))
+        again = ((linear, self.weights(targets, linear.values)) for linear, targets in again)
+        for linear, weights in self.kept or again:
+            accumulate(found, linear.pull(scaled(linear.push(direction), weights)))
+        return {name: value / self.share for name, value in zip(found, self.ranks.total(*found.values()), strict=True)}
 
     def loss(self, parameters: Mapping[str, Tensor]) -> float:
         """The squared residuals' share of the targets' energy, in the mean over the ends."""
-        loss = torch.zeros((), dtype=torch.float64, device=tensors_in(self.found.batches[0])[0].device)
+        loss = torch.zeros((), dtype=torch.float64, device=self.device)
         for _, targets, env in self.batches():
-            gaps, weights = self.gaps(targets, self.values(env, parameters))
-            loss += sum((gap.square() * own).sum(dtype=torch.float64) for gap, own in zip(gaps, weights, strict=True))
+            loss += self.energy(self.gaps(targets, self.found.values(env, self.joins, self.tensors(parameters))))
         return float(self.ranks.total(loss)[0]) / len(self.ends)
+
+    def energy(self, gaps: Sequence[Tensor]) -> Tensor:
+        """The squares' sum, over each end's energy."""
+        each = [gap.square().sum(dtype=torch.float64) / own for gap, own in zip(gaps, self.energies, strict=True)]
+        return torch.stack(each).sum()
 
     def precondition(self, vector: Vector, curvature: Vector, factors: Mapping[str, Tensor]) -> Vector:
         """A vector divided by the curvature: layer by layer through its Gram matrix, other tensors by their mean."""
@@ -357,6 +408,7 @@ class Window:
             groups, columns = len(factor), weight.shape[1]
             right = as_columns(weight, groups)
             right = right if bias is None else torch.cat([right, bias.view(groups, 1, -1)], dim=1)
+            right = right / curvature[f"{name}.weight"]
             solved = torch.cholesky_solve(right, factor)  # (groups, taps * columns (+ 1), out / groups)
             if bias is not None:
                 solved, ahead[f"{name}.bias"] = solved[:, :-1], solved[:, -1].reshape(bias.shape)
@@ -364,11 +416,11 @@ class Window:
             ahead[f"{name}.weight"] = solved.reshape(weight.shape)
         return ahead
 
-    def batches(self) -> Iterator[tuple[int, list[Tensor], dict[fx.Node, Any]]]:
+    def batches(self, count: int | None = None) -> Iterator[tuple[int, list[Tensor], dict[fx.Node, Any]]]:
         """Each batch's number over all ranks, the original's values at the ends, the narrow network's at the start."""
-        used = 0
-        count = max(0, -(-(self.count - self.ranks.rank) // self.ranks.size))  # dealt in turn; a rank may have none
-        known = len(self.targets) == min(count, len(self.found.batches))
+        used, count = 0, self.count if count is None else count
+        count = max(0, -(-(count - self.ranks.rank) // self.ranks.size))  # dealt in turn; a rank may have none
+        known = all(index in self.targets for index in range(min(count, len(self.found.batches))))
         behind = itertools.repeat(None) if known else self.wanted.states(self.behind, count)
         states = zip(behind, self.found.states(self.start, count), strict=not known)
         for index, (_, env) in enumerate(states):
@@ -385,29 +437,49 @@ class Window:
                 self.targets[index] = targets
             yield index * self.ranks.size + self.ranks.rank, targets, env
 
-    def values(self, env: Mapping[fx.Node, Any], parameters: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        """What the narrow network gives at the ends with these parameters."""
-        self.found.env = dict(env)
-        self.found.swapped = {
+    def tensors(self, parameters: Mapping[str, Tensor]) -> Tensors:
+        """What the layers compute with; a BatchNorm behind a convolution is multiplied into its weight."""
+        found: dict[str, Any] = {
             name: {key: parameters[f"{name}.{key}"] for key, _ in layer.named_parameters(recurse=False)}
             for name, layer in self.layers.items()
         }
-        try:
-            return tuple(self.found.value(end.node) for end in self.ends)
-        finally:
-            self.found.swapped = {}
+        for name, norm in self.folded.items():
+            layer = self.found.module.get_submodule(norm)
+            own = found.get(norm, layer._parameters)
+            scale = torch.rsqrt(layer.running_var + layer.eps)
+            scale = scale if own.get("weight") is None else scale * own["weight"]
+            shift = -layer.running_mean * scale
+            found[norm] = shift if own.get("bias") is None else shift + own["bias"]
+            found[name] = {key: value * per_row(scale, value) for key, value in found[name].items()}
+        return found
 
-    def gaps(self, targets: Sequence[Tensor], values: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """At each end what is missing, and its weight: one over the end's energy, none where a rectifier cuts both."""
-        gaps, weights = [], []
+    def linear(self, env: Mapping[fx.Node, Any], start: Mapping[str, Tensor]) -> Linear:
+        """A batch at the present parameters to first order."""
+        return Linear(self.found, env, self.joins, self.tensors, start)
+
+    def gaps(self, targets: Sequence[Tensor], values: Sequence[Tensor]) -> list[Tensor]:
+        """At each end what is missing; nothing where a rectifier cuts both values."""
+        return [
+            target - value if end.limit is None else rectified_gap(target, value, end.limit)
+            for end, target, value in zip(self.ends, targets, values, strict=True)
+        ]
+
+    def weights(self, targets: Sequence[Tensor], values: Sequence[Tensor]) -> list[Tensor]:
+        """At each end one over the end's energy, zero where a rectifier cuts both the target and the value."""
+        weights = []
         for end, energy, target, value in zip(self.ends, self.energies, targets, values, strict=True):
-            gap, counts = target - value, torch.ones_like(value)
+            counts = torch.ones_like(value)
             if end.limit is not None:
-                gap = rectified_gap(target, value, end.limit)
-                counts = 1 - ((target <= 0) & (value <= 0) | (target >= end.limit) & (value >= end.limit)).to(value)
-            gaps.append(gap)
-            weights.append(counts / energy)
-        return gaps, weights
+                counts = ((target > 0) | (value > 0)) & ((target < end.limit) | (value < end.limit))
+            weights.append(counts.to(value) / energy)
+        return weights
+
+
+def signs(weights: Sequence[Tensor], seed: int) -> tuple[Tensor, ...]:
+    """Random ones at the ends, times the roots of the weights."""
+    generator = torch.Generator(weights[0].device).manual_seed(seed)
+    drawn = [torch.empty_like(weight).random_(0, 2, generator=generator) * 2 - 1 for weight in weights]
+    return scaled(drawn, [weight.sqrt() for weight in weights])
 
 
 def scaled(values: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -111,4 +111,4 @@ def known(node: fx.Node, task: fx.Node, pending: set[fx.Node]) -> bool:
 def rectified_gap(target: Tensor, value: Tensor, limit: float) -> Tensor:
     """What a value lacks of the target behind a rectifier that cuts below zero and above `limit`."""
     gap = torch.where(target <= 0, -value.clamp(min=0), target - value)
-    return torch.where(target >= limit, (limit - value).clamp(min=0), gap)
+    return gap if limit == float("inf") else torch.where(target >= limit, (limit - value).clamp(min=0), gap)

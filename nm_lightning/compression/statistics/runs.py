@@ -103,6 +103,10 @@ class NarrowNorm(nn.Module):
         return torch.zeros_like(images).index_copy(self.axis, stays, self.layer(images.index_select(self.axis, stays)))
 
 
+Tensors = Mapping[str, Mapping[str, Tensor] | Tensor]
+"""By layer, what stands for its parameters; or `(channels,)`, which is added in its place to what it reads."""
+
+
 class Run(fx.Interpreter):
     """One network on its way through all calibration batches.
 
@@ -114,7 +118,7 @@ class Run(fx.Interpreter):
 
     Attributes:
         norms: layers to be replaced by narrower ones.
-        swapped: by layer, the tensors that stand for its parameters.
+        swapped: layers that compute with other tensors, see `Tensors`.
     """
 
     def __init__(self, model: nn.Module, graph: fx.Graph, batches: Sequence[Inputs], memory: int = MEMORY):
@@ -125,7 +129,7 @@ class Run(fx.Interpreter):
         self.last = {node: max((self.position[user] for user in node.users), default=-1) for node in self.nodes}
         self.kept: dict[int, tuple[int, dict[fx.Node, Any], int]] = {}  # where each batch waits, its values, bytes
         self.norms: dict[str, NarrowNorm] = {}
-        self.swapped: dict[str, dict[str, Tensor]] = {}
+        self.swapped: Tensors = {}
 
     def states(self, stop: fx.Node, count: int | None = None) -> Iterator[dict[fx.Node, Any]]:
         """Each batch's values that `stop` or a later node needs; `value` works on the one that was given last.
@@ -162,6 +166,14 @@ class Run(fx.Interpreter):
             self.env[node] = self.run_node(node)
         return self.env[node]
 
+    def values(self, env: Mapping[fx.Node, Any], ends: Sequence[fx.Node], swapped: Tensors) -> list[Tensor]:
+        """The nodes' values that follow from others where layers compute with other tensors; `self.env` has all."""
+        self.env, self.swapped = dict(env), swapped
+        try:
+            return [self.value(end) for end in ends]
+        finally:
+            self.swapped = {}
+
     def first_values(self) -> dict[fx.Node, Any]:
         """All nodes' values for the first batch."""
         self.env = self.placed(self.batches[0])
@@ -171,14 +183,22 @@ class Run(fx.Interpreter):
 
     def call_module(self, target: str, args: tuple, kwargs: dict) -> Any:
         """The layer, or the narrow norm in its place, or the layer with other parameters."""
-        if target in self.swapped:
-            return torch.func.functional_call(self.fetch_attr(target), self.swapped[target], args, kwargs)
+        own = self.swapped.get(target)
+        if isinstance(own, Tensor):
+            return args[0] + per_row(own, args[0][0])
+        if own is not None:
+            return torch.func.functional_call(self.fetch_attr(target), own, args, kwargs)
         return self.norms[target](*args) if target in self.norms else super().call_module(target, args, kwargs)
 
     def placed(self, batch: Inputs) -> dict[fx.Node, Tensor]:
         """A copy of each tensor of a batch, at its placeholder."""
         nodes = [node for node in self.nodes if node.op == "placeholder"]
         return dict(zip(nodes, tensors_in(clone(batch)), strict=True))
+
+
+def per_row(vector: Tensor, like: Tensor) -> Tensor:
+    """`(n,)` as `(n, 1, ...)`, with as many dimensions as a tensor has."""
+    return vector.view(-1, *[1] * (like.ndim - 1))
 
 
 def without_in_place(graph: fx.Graph, *models: nn.Module) -> list[nn.Module]:

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from sklearn.cluster import KMeans
 
 from nm_lightning import compress
+from nm_lightning.compression.methods.fold import cluster
 from tests.networks import Residual, images, lively
 from tests.oracles import gap
 
@@ -20,3 +22,17 @@ def test_folding_equal_neurons_changes_nothing(norm):
     result = compress(model, x[:1], "fold", widths=[8, 8])
     assert gap(result.model, model, x) < 1e-4
     assert all(sorted((keep % 8).tolist()) == list(range(8)) for keep in result.keep.values())
+
+
+@pytest.mark.parametrize(("count", "size", "width"), [(40, 30, 10), (200, 300, 100), (200, 3, 20)])
+def test_clusters_are_those_of_scikit_learn(count, size, width):
+    points = torch.randn(count, size, generator=torch.Generator().manual_seed(count + size))
+    means = KMeans(width, n_init=3, random_state=7)
+    assert torch.equal(cluster(points, width, 7), torch.from_numpy(means.fit_predict(points.double().numpy())).long())
+
+
+def test_equal_neurons_are_clustered():
+    points = torch.randn(4, 6).repeat(5, 1)
+    labels = cluster(points, 8)
+    assert len(labels.unique()) == 8
+    assert torch.equal(cluster(points, 4), cluster(points, 4)[:4].repeat(5))

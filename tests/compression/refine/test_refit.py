@@ -58,10 +58,38 @@ def test_a_product_is_that_of_the_dense_jacobian():
     assert loss == pytest.approx(float((counts * missing.square()).sum()))
 
 
+def test_both_directions_are_torchs_derivatives():
+    """Node by node, with the norms multiplied into the convolutions, as of the network that has them as layers."""
+    model, x = lively(Residual()).double(), images(16).double()
+    result = compress(model, x[:1], "prune", ratio=0.5)
+    windows = windows_of(model, result.model, result, trace(model, x[:1]).sites, x, 16)
+    assert any(window.folded for window in windows.values())
+    for window in windows.values():
+        start = {name: parameter.detach() for name, parameter in window.free.items()}
+        direction = {name: torch.randn_like(value) for name, value in start.items()}
+        with torch.no_grad():
+            ((_, _, env),) = window.batches()
+            linear = window.linear(env, start)
+            changes = linear.push(direction)
+
+        def plain(free, window=window, env=env):
+            own = {
+                name: {key: free[f"{name}.{key}"] for key, _ in layer.named_parameters(recurse=False)}
+                for name, layer in window.layers.items()
+            }
+            return window.found.values(env, window.joins, own)
+
+        values, expected = torch.func.jvp(plain, (start,), (direction,))
+        torch.testing.assert_close(linear.values, values)
+        torch.testing.assert_close(changes, expected)
+        torch.testing.assert_close(linear.pull(changes), torch.func.vjp(plain, start)[1](expected)[0])
+
+
 def test_one_layer_is_solved_in_one_step(monkeypatch):
-    """What reads a changed layer is linear least squares, and the Gram matrix makes conjugate gradients exact."""
+    """What reads a changed layer is linear least squares, and the whole Gram matrix makes conjugate gradients exact."""
     monkeypatch.setattr(refitting, "DAMPING", 1e-12)
     monkeypatch.setattr(refitting, "ITERATIONS", 1)
+    monkeypatch.setattr(refitting, "POSITIONS", 10**6)
     torch.manual_seed(0)
     head = nn.Conv2d(4, 3, 1)
     model, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Conv2d(4, 3, 1)), images(64)
