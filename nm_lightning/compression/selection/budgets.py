@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nm_lightning.compression.methods import Reconstruct
-from nm_lightning.compression.selection.output_aware import choose_by_output, costs_of, nearest, watched
+from nm_lightning.compression.selection.output_aware import choose_by_output, closest, costs_of, watched
 from nm_lightning.compression.settings import Budget, Values, choice, is_number, setting, whole
 from nm_lightning.compression.statistics.subject import Subject
 from nm_lightning.compression.structure.copies import plain_copy, without_data
@@ -103,7 +103,7 @@ class Ratio(Budget):
         shared = share_cut(subject.sites, costs_of(subject.sites, seen), size, share, self.round_to)
         widths = {"cost": shared, "even": even}
         choices = {name: choose_by_output(subject.sites, counts, seen) for name, counts in widths.items()}
-        return widths[nearest(choices, subject, Reconstruct(), "spread")]
+        return widths[closest(choices, subject, Reconstruct(), "spread")]
 
     def _evenly(self, subject: Subject) -> dict[str, int]:
         rounded = self.rounding if callable(self.rounding) else ROUNDINGS[self.rounding]

@@ -56,7 +56,7 @@ class OutputAware(Criterion):
         if not method.looks:
             return by_output
         choices = {self.name: by_output, fallback.name: by_norm}
-        return choices[nearest(choices, subject, method, "criterion")]
+        return choices[closest(choices, subject, method, "criterion")]
 
 
 def watched(subject: Subject) -> dict[str, "Watch"]:
@@ -68,7 +68,7 @@ def watched(subject: Subject) -> dict[str, "Watch"]:
 
 
 @torch.no_grad()
-def nearest(choices: Mapping[str, Mapping[str, Tensor]], subject: Subject, method: Method, what: str) -> str:
+def closest(choices: Mapping[str, Mapping[str, Tensor]], subject: Subject, method: Method, what: str) -> str:
     """The choice of survivors that changes the predictions on held-out images least; the first of equals.
 
     The measure is the Kullback-Leibler divergence from the original's predictions, so no label is read. The subject's
