@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nm_lightning.compression.methods import Reconstruct
-from nm_lightning.compression.selection.output_aware import choose_by_output, costs_of, watched, wins
+from nm_lightning.compression.selection.output_aware import choose_by_output, closest, costs_of, watched
 from nm_lightning.compression.settings import Budget, Values, choice, is_number, setting, whole
 from nm_lightning.compression.statistics.subject import Subject
 from nm_lightning.compression.structure.copies import plain_copy, without_data
@@ -100,11 +100,9 @@ class Ratio(Budget):
         size, seen = sized(subject, Macs.measured), watched(subject)
         share = size(even) / size({site.name: site.width for site in subject.sites})
         shared = share_cut(subject.sites, costs_of(subject.sites, seen), size, share, self.round_to)
-        by_even, by_cost = (choose_by_output(subject.sites, counts, seen) for counts in (even, shared))
-        if wins(by_cost, by_even, subject, Reconstruct()):
-            return shared
-        subject.remarks.append("spread cost: the same ratio everywhere predicted held-out images better")
-        return even
+        widths = {"cost": shared, "even": even}
+        choices = {name: choose_by_output(subject.sites, counts, seen) for name, counts in widths.items()}
+        return widths[closest(choices, subject, Reconstruct(), "spread")]
 
     def _evenly(self, subject: Subject) -> dict[str, int]:
         rounded = self.rounding if callable(self.rounding) else ROUNDINGS[self.rounding]

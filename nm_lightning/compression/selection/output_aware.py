@@ -53,10 +53,10 @@ class OutputAware(Criterion):
         ranks, fallback = subject.ranks, L2Norm()
         by_norm = fallback.choose(subject, counts, method)
         by_output = ranks.first(by_norm | choose_by_output(subject.sites, counts, watched(subject)))
-        if not method.looks or wins(by_output, by_norm, subject, method):
+        if not method.looks:
             return by_output
-        subject.remarks.append(f"output: {fallback.name} chose better on images that were held out")
-        return by_norm
+        choices = {self.name: by_output, fallback.name: by_norm}
+        return choices[closest(choices, subject, method, "criterion")]
 
 
 def watched(subject: Subject) -> dict[str, "Watch"]:
@@ -68,22 +68,37 @@ def watched(subject: Subject) -> dict[str, "Watch"]:
 
 
 @torch.no_grad()
-def wins(first: Mapping[str, Tensor], second: Mapping[str, Tensor], subject: Subject, method: Method) -> bool:
-    """Whether the first choice of survivors leaves the network's predictions less changed, on held-out images."""
+def closest(choices: Mapping[str, Mapping[str, Tensor]], subject: Subject, method: Method, what: str) -> str:
+    """The choice of survivors that changes the predictions on held-out images least; the first of equals.
+
+    The measure is the Kullback-Leibler divergence from the original's predictions, so no label is read. The subject's
+    remarks say what each would have cost.
+
+    Args:
+        choices: by name, the survivors `(k,)` of each site.
+        subject: its first images are what `method` sees, as many of its last ones are held out.
+        method: what becomes of the others.
+        what: is chosen, for the remark.
+    """
     batches = subject.batches
     if len(batches) == 1:
         batches = split(batches[0], (length(batches[0]) + 1) // 2)
     half = max(1, len(batches) // 4)
     seen, held_out = subject.on(batches[:half]), batches[-half:]
-    divergences = []
-    for keeps in (first, second):
+    lost: dict[str, float] = {}
+    for name, keeps in choices.items():
         small, _ = narrow(subject.model, subject.sites, method.decompose(seen, keeps))
         small.to(dtype_of(held_out[0])).eval()
         networks = (small, subject.evaluated)
         pairs = [[check_logits(call(each, clone(x))).log_softmax(-1) for each in networks] for x in held_out]
         divergence = torch.stack([F.kl_div(*pair, reduction="sum", log_target=True) for pair in pairs]).sum()
-        divergences += subject.ranks.total(divergence)
-    return bool(divergences[0] <= divergences[1])
+        images = divergence.new_tensor(float(sum(map(length, held_out))))
+        total, count = subject.ranks.total(divergence, images)
+        lost[name] = float(total) / float(count)
+    best = min(lost, key=lambda name: (lost[name] != lost[name], lost[name]))  # what is no number comes last
+    each = ", ".join(f"{name} {value:.3g}" for name, value in lost.items())
+    subject.remarks.append(f"{what} {best}: nearest to the original on held-out images ({each} nats an image)")
+    return best
 
 
 class Watch:

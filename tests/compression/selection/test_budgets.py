@@ -53,6 +53,7 @@ def test_spread_by_cost_takes_as_many_macs_where_they_cost_nothing():
     macs = [cost(result.model, x[:1]).macs for result in (even, by_cost)]
     assert 0.95 * macs[0] < macs[1] <= macs[0]
     assert by_cost.report.widths["blocks.0.0"] < even.report.widths["blocks.0.0"]
+    assert by_cost.report.notes[0].startswith("spread cost: nearest to the original on held-out images (cost ")
     with torch.no_grad():
         errors = [(result.model(x) - model(x)).square().mean() for result in (even, by_cost)]
     assert errors[1] < 0.5 * errors[0]
