@@ -8,7 +8,7 @@ import yaml
 
 HERE = Path(__file__).parent
 CONFIGS = next(place for place in (HERE / "configs", HERE.parent / "configs") if place.is_dir())  # in a wheel, or not
-SAYS_HOW_MUCH = ("ratio", "widths", "sites", "target_parameters", "target_macs", "budget")
+SAYS_HOW_MUCH = ("ratio", "widths", "sites", "target_parameters", "target_macs", "target_latency", "budget")
 
 
 def preset(model: str, data: str) -> dict[str, Any]:

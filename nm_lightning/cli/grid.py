@@ -37,7 +37,7 @@ from nm_lightning.reporting.results import assemble, featured, print_table
 
 SOME = ("results.csv", "accuracy.png", "sensitivity.png")
 NOTES = 6  # lines of them on the terminal
-TARGETS = ("target_parameters", "target_macs")
+TARGETS = ("target_parameters", "target_macs", "target_latency")
 
 
 @dataclass

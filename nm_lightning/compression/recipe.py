@@ -116,7 +116,7 @@ class Recipe:
             method, criterion = given.pop("method"), given.pop("criterion")
         budgets = [*asked_for(Budget, given), *([budget] if budget is not None else [])]
         if len(budgets) > 1:
-            raise InputError("give one of widths, target_parameters, target_macs and budget")
+            raise InputError("give one of widths, target_parameters, target_macs, target_latency and budget")
         own = {each.name: given[each.name] for each in fields(cls) if each.name in given}
         if isinstance(own.get("sites"), str):
             own["sites"] = (own["sites"],)

@@ -1,6 +1,6 @@
 """Which neurons stay (a criterion), and how many (a budget)."""
 
-from nm_lightning.compression.selection.budgets import Macs, Parameters, Ratio, Widths
+from nm_lightning.compression.selection.budgets import Latency, Macs, Parameters, Ratio, Widths
 from nm_lightning.compression.selection.criteria import GeometricMedian, L1Norm, L2Norm, WeightCriterion
 from nm_lightning.compression.selection.output_aware import OutputAware
 
@@ -8,6 +8,7 @@ __all__ = [
     "GeometricMedian",
     "L1Norm",
     "L2Norm",
+    "Latency",
     "Macs",
     "OutputAware",
     "Parameters",

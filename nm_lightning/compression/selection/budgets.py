@@ -1,5 +1,6 @@
 """How many neurons stay at each site."""
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -16,7 +17,7 @@ from nm_lightning.compression.settings import Budget, Values, choice, is_number,
 from nm_lightning.compression.statistics.subject import Subject
 from nm_lightning.compression.structure.copies import plain_copy, without_data
 from nm_lightning.compression.structure.cost import cost
-from nm_lightning.compression.structure.inputs import Inputs, first, to
+from nm_lightning.compression.structure.inputs import Inputs, call, first, length, tensors_in, to
 from nm_lightning.compression.structure.plan import apply_plan, plan_sites
 from nm_lightning.compression.structure.sites import Site
 from nm_lightning.errors import InputError
@@ -171,9 +172,12 @@ class Target(Budget):
         """The target must be within reach if every neuron may go."""
         self._cut(subject, {site.name: torch.zeros(site.width - site.step) for site in subject.sites})
 
+    def size(self, subject: Subject) -> Callable[[Mapping[str, int]], float]:
+        """What the network's size is at given widths; found without its data."""
+        return sized(subject, self.measured)
+
     def _cut(self, subject: Subject, costs: Mapping[str, Tensor]) -> dict[str, int]:
-        size = sized(subject, self.measured)
-        return share_cut(subject.sites, costs, size, self.share, self.round_to)
+        return share_cut(subject.sites, costs, self.size(subject), self.share, self.round_to)
 
 
 @dataclass(frozen=True)
@@ -208,6 +212,58 @@ class Macs(Target):
     def measured(network: nn.Module, example: Inputs) -> int:
         """The multiply-accumulates of one image."""
         return cost(network, example).macs
+
+
+@dataclass(frozen=True)
+class Latency(Target):
+    """A share of the time of a forward pass may stay, measured on this machine with a batch like the example.
+
+    As in ZipLM (Kurtic et al., NeurIPS 2023, arXiv 2302.04089) time is measured, not counted: once for each site cut to
+    the least, which tells what its neurons cost, and at each step of the search. Clocks differ, so widths may, too.
+    """
+
+    name = "latency"
+    share: float = setting(
+        0.5, "likewise, of the time of a batch like the example, measured here", SHARE, flag="target_latency", off=None
+    )
+    round_to: int = _round_to()
+
+    def check(self, subject: Subject) -> None:
+        """Nothing is timed before there is work to do."""
+
+    def counts(self, subject: Subject) -> dict[str, int]:
+        """The largest widths found that meet the target by the clock."""
+        found, size = super().counts(subject), self.size(subject)
+        whole, left = (size(widths) for widths in ({site.name: site.width for site in subject.sites}, found))
+        subject.remarks.append(
+            f"target_latency {self.share:g}: {1e3 * left:.3g} of {1e3 * whole:.3g} ms, {left / whole:.2f}, measured "
+            f"again with {length(subject.example)} on {next(subject.model.parameters()).device}"
+        )
+        return found
+
+    def size(self, subject: Subject) -> Callable[[Mapping[str, int]], float]:
+        """Seconds; those that the first rank measures."""
+        sites, model, inputs = subject.sites, subject.evaluated, subject.inputs(length(subject.example))
+
+        def seconds(widths: Mapping[str, int]) -> float:
+            keeps = {site.name: site.survivors(torch.zeros(site.width), widths[site.name]) for site in sites}
+            return subject.ranks.first(fastest(apply_plan(plain_copy(model)[0], plan_sites(sites, keeps)), inputs))
+
+        return seconds
+
+
+@torch.no_grad()
+def fastest(network: nn.Module, inputs: Inputs) -> float:
+    """The least time of a forward pass in seconds, of at least ten and a fifth of a second."""
+    device, times = tensors_in(inputs)[0].device, []
+    call(network, inputs)
+    while len(times) < 10 or sum(times) < 0.2:
+        start = time.perf_counter()
+        call(network, inputs)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return min(times)
 
 
 def sized(subject: Subject, measured: Callable[[nn.Module, Inputs], T]) -> Callable[[Mapping[str, int]], T]:
@@ -263,7 +319,7 @@ def multiple(site: Site, count: int, round_to: int = 1) -> int:
 def share_cut(
     sites: Sequence[Site],
     costs: Mapping[str, Tensor],
-    size: Callable[[Mapping[str, int]], int],
+    size: Callable[[Mapping[str, int]], float],
     target: float,
     round_to: int = 1,
 ) -> dict[str, int]:

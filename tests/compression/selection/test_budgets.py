@@ -6,6 +6,7 @@ from torch import nn
 
 from nm_lightning import InputError, compress, trace
 from nm_lightning.compression import cost
+from nm_lightning.compression.selection import budgets
 from nm_lightning.compression.selection.budgets import multiple
 from tests.networks import Attention, Residual, conv, images, lively, random_network
 
@@ -61,10 +62,35 @@ def test_spread_by_cost_takes_as_many_macs_where_they_cost_nothing():
     assert torch.equal(whole.model(x), model(x))
 
 
+def test_a_target_of_latency_is_met_by_the_clock(monkeypatch):
+    """A clock that counts multiply-accumulates gives the widths that a target of these gives."""
+    model, x = copied_neurons(), images(64)
+    monkeypatch.setattr(budgets, "fastest", lambda network, inputs: cost(network, inputs[:1]).macs / 1e6)
+    by_time, by_macs = (
+        compress(model, x[:4], "prune", calibration=x, **{target: 0.6}) for target in ("target_latency", "target_macs")
+    )
+    assert by_time.report.widths == by_macs.report.widths
+    whole, left = (cost(each, x[:1]).macs / 1e6 for each in (model, by_time.model))
+    (note,) = by_time.report.notes
+    assert note.startswith(
+        f"target_latency 0.6: {1e3 * left:.3g} of {1e3 * whole:.3g} ms, {left / whole:.2f}, measured"
+    )
+
+
+def test_the_clock_takes_the_least_of_several_passes():
+    calls = []
+    model = nn.Sequential(nn.Linear(4, 4))
+    model.register_forward_hook(lambda *_: calls.append(1))
+    assert 0 < budgets.fastest(model, torch.zeros(2, 4)) < 0.1
+    assert len(calls) > 10
+
+
 def test_bad_targets_are_one_line():
     model, x = Residual().eval(), images(8)
     for settings, says in (
         ({"target_macs": 1.5}, "target_macs 1.5"),
+        ({"target_latency": 0}, "target_latency 0: give the share that may stay"),
+        ({"target_macs": 0.5, "target_latency": 0.5}, "one of"),
         ({"target_macs": 0.5, "target_parameters": 0.5}, "one of"),
         ({"target_macs": 0.5, "widths": [8, 8]}, "one of"),
         ({"target_parameters": 0.01}, "can't bring"),
