@@ -30,7 +30,10 @@ from nm_lightning.models import build_model
 
 ROOT = Path(__file__).parent.parent
 REPEATS = 3
-PRUNED = ("resnet18", "mobilenet_v2", "mobilenet_v3_small", "squeezenet1_1", "vgg11", "densenet121")
+PRUNED = (
+    "resnet18", "mobilenet_v2", "mobilenet_v3_small", "squeezenet1_1", "vgg11", "densenet121", "efficientnet_b0",
+    "convnext_tiny",
+)  # fmt: skip
 Row = tuple[str, float, str, float]  # the work, its seconds, the alternative, its seconds
 
 
