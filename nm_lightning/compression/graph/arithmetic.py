@@ -6,7 +6,16 @@ import torch
 from torch import Tensor, fx, nn
 
 from nm_lightning.compression.graph.follow import Follower
-from nm_lightning.compression.graph.neurons import along, compact, constant, is_nobodys, lay_along, shrink, varying
+from nm_lightning.compression.graph.neurons import (
+    along,
+    compact,
+    constant,
+    is_nobodys,
+    lay_along,
+    nobody,
+    shrink,
+    varying,
+)
 from nm_lightning.compression.graph.nodes import operation_name, where
 from nm_lightning.compression.graph.rules import Call, rule
 from nm_lightning.compression.structure.operations import facts_of
@@ -175,11 +184,24 @@ def _matmul(follower: Follower, first: Tensor, second: Tensor) -> Tensor:
 def _contract(follower: Follower, left: Tensor, right: Tensor, dims: list[int]) -> Tensor:
     """A product summed over `dims`: what is summed stays or goes as one, with what it is multiplied by."""
     left, right = torch.broadcast_tensors(left, right)
+    if any(varying(factor) and not varying(shrink(factor, dims)) for factor in (left, right)):  # one head: it stays
+        left, right = (_summed(follower, factor, dims) for factor in (left, right))
     for factor in (left, right):
         follower.tie(factor, shrink(factor, dims), "summed over in a matrix product")
     left, right = shrink(left, dims), shrink(right, dims)
-    if is_nobodys(left):
-        return right
-    if not is_nobodys(right):
-        follower.tie(left, right, "multiplied in a matrix product")
-    return left
+    shape, (left, right) = left.shape, map(compact, (left, right))
+    if varying(left) and varying(right) and not set(varying(left)) & set(varying(right)):  # each with each: one stays
+        fewer, right = sorted((left, right), key=torch.numel)
+        follower.freeze(fewer, "multiplied by each of other neurons")
+        left = nobody(fewer)
+    first, second = torch.where(left == NOBODY, right, left), torch.where(right == NOBODY, left, right)
+    follower.tie(first, second, "multiplied in a matrix product")
+    return first.expand(shape)
+
+
+def _summed(follower: Follower, factor: Tensor, dims: list[int]) -> Tensor:
+    """A factor whose neurons stay if they lie along `dims`, over which is summed: then the product is not theirs."""
+    if all(constant(factor, dim) for dim in dims):
+        return factor
+    follower.freeze(factor, "summed over in a matrix product")
+    return nobody(factor)

@@ -81,20 +81,20 @@ def split(follower: Follower, call: Call) -> Any:
 def _parts_that_stay(follower: Follower, call: Call, parts: list[Tensor], sizes: Sequence) -> list[Tensor]:
     """The parts of a split whose lengths are numbers in the user's code; the others' are noted as attributes.
 
-    Attributes are known by their values, so parts of one length keep equally many neurons.
+    Attributes are known by their values, so parts of one length keep equally many neurons, but for a list's items.
     """
     lists, frozen = _attributes(follower, call, list(sizes)), []
-    for size in dict.fromkeys(size for size in sizes if isinstance(size, int)):
-        places = [place for place, other in enumerate(sizes) if type(other) is int and other == size]
-        alike, names = [parts[place] for place in places], _attributes(follower, call, size)
-        if not lists and not names:
+    for place, part in enumerate(parts if lists else []):
+        _note_lengths(follower, call, [f"{name}[{place}]" for name in lists], part)
+    for size in [] if lists else dict.fromkeys(size for size in sizes if isinstance(size, int)):
+        alike = [part for part, other in zip(parts, sizes, strict=True) if type(other) is int and other == size]
+        names = _attributes(follower, call, size)
+        if not names:
             frozen += alike
             continue
         if len(alike) > 1:
             follower.quota(torch.cat(alike), len(alike))
         _note_lengths(follower, call, names, alike[0])
-        for place, part in zip(places, alike, strict=True):
-            _note_lengths(follower, call, [f"{name}[{place}]" for name in lists], part)
     return frozen
 
 
@@ -139,7 +139,7 @@ def pick(follower: Follower, call: Call) -> Any:
             follower.apart.add(call.node)
         parts = 0 if bounds is None or constant(source, dim) else _equal_parts(follower, source, dim, *bounds)
         reason = f"channels are taken by their place{where(call.node)}"
-        if parts:
+        if parts and not (along_neurons and parts == source.shape[dim]):
             follower.quota(follower.settle(source, dim), parts, reason)
         else:
             follower.hold(source, dim, reason)
