@@ -86,11 +86,11 @@ def _parts_that_stay(follower: Follower, call: Call, parts: list[Tensor], sizes:
     lists, frozen = _attributes(follower, call, list(sizes)), []
     for place, part in enumerate(parts if lists else []):
         _note_lengths(follower, call, [f"{name}[{place}]" for name in lists], part)
-    for size in [] if lists else dict.fromkeys(size for size in sizes if isinstance(size, int)):
+    for size in dict.fromkeys(size for size in sizes if isinstance(size, int)):
         alike = [part for part, other in zip(parts, sizes, strict=True) if type(other) is int and other == size]
         names = _attributes(follower, call, size)
         if not names:
-            frozen += alike
+            frozen += [] if lists else alike
             continue
         if len(alike) > 1:
             follower.quota(torch.cat(alike), len(alike))

@@ -76,6 +76,26 @@ class Split(nn.Module):
         return self.b(first) + self.c(second)
 
 
+class Parts(nn.Module):
+    """One layer makes a stream and what stays: gates that are counted, or the keys of a single head."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way, self.lengths = way, {"gates": (12, 3), "one head": (4, 4, 12), "states": (12, 5)}[way]
+        self.a, self.out = conv(3, sum(self.lengths)), conv(12, 5)
+
+    def forward(self, x):
+        y, *others = reversed(F.relu(self.a(x)).split(self.lengths, 1)) if self.way == "one head" else (
+            self.a(x).split(self.lengths, 1))  # fmt: skip
+        if self.way == "gates":
+            return self.out(sum(y * others[0][:, i : i + 1] for i in range(3)))
+        flat, others = y.flatten(2), [other.flatten(2) for other in others]
+        if self.way == "states":
+            return self.out((flat @ others[0].transpose(1, 2) @ others[0]).view(len(x), -1, 8, 8))
+        weights = (others[0].transpose(1, 2) @ others[1]).softmax(-1)
+        return self.out((flat @ weights.transpose(1, 2)).view(len(x), -1, 8, 8))
+
+
 def networks():
     """Name to network, input shape, scope, and the sites (by producer) that must be found."""
     c = conv
@@ -110,6 +130,8 @@ def networks():
         a=c(3, 12), out=c(6, 4)), IMAGE, "hidden", {"a"}  # fmt: skip
     for way in ("attributes", "list", "half", "slices"):
         yield f"split by {way}", Split(way), IMAGE, "hidden", {"a"}
+    for way in ("gates", "one head", "states"):
+        yield f"parts that stay, {way}", Parts(way), IMAGE, "hidden", {"a"}
     yield "a scale that is computed and cut", Graph(
         lambda n, x: n.out(n.scales.sigmoid().view(2, -1, 1, 1)[1] * n.a(x)),
         a=c(3, 12), scales=nn.Parameter(torch.randn(2, 12)), out=c(12, 4)), IMAGE, "hidden", {"a"}  # fmt: skip
