@@ -6,11 +6,20 @@ import torch
 from torch import Tensor, fx, nn
 
 from nm_lightning.compression.graph.follow import Follower
-from nm_lightning.compression.graph.neurons import along, compact, constant, is_nobodys, lay_along, shrink, varying
+from nm_lightning.compression.graph.neurons import (
+    along,
+    compact,
+    constant,
+    is_nobodys,
+    lay_along,
+    nobody,
+    shrink,
+    varying,
+)
 from nm_lightning.compression.graph.nodes import operation_name, where
 from nm_lightning.compression.graph.rules import Call, rule
 from nm_lightning.compression.structure.operations import facts_of
-from nm_lightning.compression.structure.sites import NOBODY
+from nm_lightning.compression.structure.sites import NOBODY, Member
 
 # operations that may lie between a parameter and its neighbour
 ON_THE_WAY = {"getitem", "narrow", "select", "squeeze", "unsqueeze", "expand", "permute", "transpose", "movedim", "t"}
@@ -119,7 +128,7 @@ def matrix_product(follower: Follower, call: Call) -> Tensor | None:
     if len(call.sources) != 2 or min(source.ndim for source in call.sources) < 2:
         return None
     follower.roles[call.node] = "multiplied by other neurons"
-    return _matmul(follower, *call.sources)
+    return _matmul(follower, call, *call.sources)
 
 
 @rule("scaleddotproductattention")
@@ -140,7 +149,7 @@ def attention(follower: Follower, call: Call) -> Tensor | None:
         if not constant(mask, -3):  # a bias for each head
             follower.tie(shrink(query, [-2, -1]), shrink(mask, [-2, -1]), "added to an attention")
     follower.roles[call.node] = "attention is not positively homogeneous"
-    return _matmul(follower, _matmul(follower, query, key.transpose(-1, -2)), value)
+    return _matmul(follower, call, _matmul(follower, call, query, key.transpose(-1, -2)), value)
 
 
 @rule("einsum")
@@ -162,24 +171,48 @@ def einsum(follower: Follower, call: Call) -> Tensor | None:
         return neurons
 
     dims = list(range(len(result), len(order)))
-    contracted = _contract(follower, *map(spread, call.sources, letters), dims)
+    contracted = _contract(follower, call, *map(spread, call.sources, letters), dims)
     follower.roles[call.node] = "multiplied by other neurons"
     return contracted.flatten(len(result)).squeeze(-1) if dims else contracted
 
 
-def _matmul(follower: Follower, first: Tensor, second: Tensor) -> Tensor:
+def _matmul(follower: Follower, call: Call, first: Tensor, second: Tensor) -> Tensor:
     """`(..., a, b) @ (..., b, c)`."""
-    return _contract(follower, first.unsqueeze(-1), second.unsqueeze(-3), [-2]).squeeze(-2)
+    return _contract(follower, call, first.unsqueeze(-1), second.unsqueeze(-3), [-2]).squeeze(-2)
 
 
-def _contract(follower: Follower, left: Tensor, right: Tensor, dims: list[int]) -> Tensor:
+def _contract(follower: Follower, call: Call, left: Tensor, right: Tensor, dims: list[int]) -> Tensor:
     """A product summed over `dims`: what is summed stays or goes as one, with what it is multiplied by."""
     left, right = torch.broadcast_tensors(left, right)
+    if any(varying(factor) and not varying(shrink(factor, dims)) for factor in (left, right)):  # one head: it stays
+        left, right = (_summed(follower, factor, dims) for factor in (left, right))
     for factor in (left, right):
         follower.tie(factor, shrink(factor, dims), "summed over in a matrix product")
     left, right = shrink(left, dims), shrink(right, dims)
-    if is_nobodys(left):
-        return right
-    if not is_nobodys(right):
-        follower.tie(left, right, "multiplied in a matrix product")
-    return left
+    shape, (left, right) = left.shape, map(compact, (left, right))
+    if varying(left) and varying(right) and not set(varying(left)) & set(varying(right)):  # each with each: one stays
+        left, right = _one_that_stays(follower, call, left, right)
+    first, second = torch.where(left == NOBODY, right, left), torch.where(right == NOBODY, left, right)
+    follower.tie(first, second, "multiplied in a matrix product")
+    return first.expand(shape)
+
+
+def _summed(follower: Follower, factor: Tensor, dims: list[int]) -> Tensor:
+    """A factor whose neurons stay if they lie along `dims`, over which is summed: then the product is not theirs."""
+    if all(constant(factor, dim) for dim in dims):
+        return factor
+    follower.freeze(factor, "summed over in a matrix product")
+    return nobody(factor)
+
+
+def _one_that_stays(follower: Follower, call: Call, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Two factors whose neurons all meet: those of which there are fewer stay, in the narrow network the same ones."""
+    home, at = call.node.meta["module"], {side: f" {side} of {call.node.name}" for side in ("left", "right")}
+    if follower.before:
+        side = "left" if (home, f"channels{at['left']}") in follower.before else "right"
+    else:
+        side = "left" if left.numel() <= right.numel() else "right"
+    stays = left if side == "left" else right
+    follower.freeze(stays, "multiplied by each of other neurons")
+    follower.see(call, Member(home, "channels", [], {}, stays.flatten().unique()), at[side])
+    return (nobody(left), right) if side == "left" else (left, nobody(right))

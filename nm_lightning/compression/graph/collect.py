@@ -19,7 +19,9 @@ def collect(facts: Facts, followers: list[Follower]) -> Trace:
     """The sites, and why the other layers stay."""
     ties = tied_pairs(facts)
     neuron = components(facts.total + 1, ties)  # what stays or goes as one
-    chains = [torch.stack([block[:-1], block[1:]]) for block in facts.blocks.values() if len(block) > 1]
+    stuck = _stuck(facts, neuron)
+    runs = [part for block in facts.blocks.values() for part in (block[stuck[block]], block[~stuck[block]])]
+    chains = [torch.stack([part[:-1], part[1:]]) for part in runs]
     apart = [pair[:, (pair != facts.total).all(dim=0)] for pair in ties]
     component = components(facts.total + 1, apart + chains)  # what shrinks together
     reasons, coupled = _reasons(facts, ties, component), _coupled(facts, apart, component)
@@ -62,7 +64,16 @@ def collect(facts: Facts, followers: list[Follower]) -> Trace:
         found.sites.append(
             Site(producers[0].name, len(classes), producers, passed, consumers, cells, coupled=index in coupled)
         )
+    for site in found.sites:  # of its other neurons nothing is said
+        for member in site.producers:
+            found.skipped.pop(member.name, None)
     return found
+
+
+def _stuck(facts: Facts, neuron: Tensor) -> Tensor:
+    """Whether each neuron stays for itself `(neurons + 1,)`; the others of its layer may shrink without it."""
+    frozen = [owned(neurons) for neurons, _ in facts.frozen] + [torch.tensor([facts.total])]
+    return torch.isin(neuron, neuron[torch.cat(frozen)].unique())
 
 
 def _reasons(facts: Facts, ties: list[Tensor], component: Tensor) -> dict[int, str]:

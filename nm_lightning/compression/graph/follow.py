@@ -192,7 +192,7 @@ class Follower:
     def _reads_apart(self, node: fx.Node) -> bool:
         """Whether a layer reads some of the channels that another makes, which the code takes by their place.
 
-        Such code counts channels, so what it makes of them stays whole, too.
+        Such code counts channels, so what it makes of them stays whole, too; not what such a channel is a gate of.
         """
         ahead, seen = list(node.all_input_nodes), set()
         while ahead:
@@ -202,8 +202,13 @@ class Follower:
             together = operation_name(here, None) in ("cat", "concat", "stack")
             if here not in seen and not together and self.roles.get(here) not in (None, "produce"):
                 seen.add(here)
-                ahead += here.all_input_nodes
+                ahead += [source for source in here.all_input_nodes if self._varies(source) or not self._varies(here)]
         return False
+
+    def _varies(self, node: fx.Node) -> bool:
+        """Whether a value has entries of several neurons."""
+        origin = self.origins.get(node)
+        return isinstance(origin, Tensor) and bool(varying(origin))
 
     def read(self, call: Call, slots: Slots, dim: int, counts: Counts = None, groups: int = 1) -> None:
         """The layer's columns read the neurons along `dim` of its source; the arguments are those of `produce`."""

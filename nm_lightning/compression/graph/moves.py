@@ -81,20 +81,20 @@ def split(follower: Follower, call: Call) -> Any:
 def _parts_that_stay(follower: Follower, call: Call, parts: list[Tensor], sizes: Sequence) -> list[Tensor]:
     """The parts of a split whose lengths are numbers in the user's code; the others' are noted as attributes.
 
-    Attributes are known by their values, so parts of one length keep equally many neurons.
+    Attributes are known by their values, so parts of one length keep equally many neurons, but for a list's items.
     """
     lists, frozen = _attributes(follower, call, list(sizes)), []
+    for place, part in enumerate(parts if lists else []):
+        _note_lengths(follower, call, [f"{name}[{place}]" for name in lists], part)
     for size in dict.fromkeys(size for size in sizes if isinstance(size, int)):
-        places = [place for place, other in enumerate(sizes) if type(other) is int and other == size]
-        alike, names = [parts[place] for place in places], _attributes(follower, call, size)
-        if not lists and not names:
-            frozen += alike
+        alike = [part for part, other in zip(parts, sizes, strict=True) if type(other) is int and other == size]
+        names = _attributes(follower, call, size)
+        if not names:
+            frozen += [] if lists else alike
             continue
         if len(alike) > 1:
             follower.quota(torch.cat(alike), len(alike))
         _note_lengths(follower, call, names, alike[0])
-        for place, part in zip(places, alike, strict=True):
-            _note_lengths(follower, call, [f"{name}[{place}]" for name in lists], part)
     return frozen
 
 
@@ -125,18 +125,21 @@ def pick(follower: Follower, call: Call) -> Any:
     """What is taken by its place among the neurons, or moved by so many places, keeps their number.
 
     Unless a slice is one of several equal parts, its bounds grow with the number of neurons, and what stays is tied to
-    what stays in the other parts, as in a gated unit.
+    what stays in the other parts, as in a gated unit; or unless its bounds are attributes of the module.
     """
     source = call.origins[0][0]
     if not isinstance(source, Tensor):
         return move(follower, call)  # a part of a tuple
     places = _places(call, source)
-    if call.operation != "roll" and varying(source) in [[dim] for dim, _ in places]:  # not of blocks, as q, k and v are
-        follower.apart.add(call.node)
+    along_neurons = call.operation != "roll" and varying(source) in [[dim] for dim, _ in places]  # not q, k and v
     for dim, bounds in places:
+        if bounds is not None and not follower.whole(source, dim) and _told_bounds(follower, call, source, dim, bounds):
+            continue
+        if along_neurons:
+            follower.apart.add(call.node)
         parts = 0 if bounds is None or constant(source, dim) else _equal_parts(follower, source, dim, *bounds)
         reason = f"channels are taken by their place{where(call.node)}"
-        if parts:
+        if parts and not (along_neurons and parts == source.shape[dim]):
             follower.quota(follower.settle(source, dim), parts, reason)
         else:
             follower.hold(source, dim, reason)
@@ -144,6 +147,21 @@ def pick(follower: Follower, call: Call) -> Any:
     if any(isinstance(each, Tensor) for each in (index if isinstance(index, tuple) else (index,))):
         return _indexed(call, source, index)
     return move(follower, call)
+
+
+def _told_bounds(follower: Follower, call: Call, source: Tensor, dim: int, bounds: tuple) -> bool:
+    """Whether a slice's bounds are attributes of the module, as `x[:, self.n:]`: each cuts the neurons in two parts."""
+    given = {bound: _attributes(follower, call, abs(bound)) for bound in bounds if type(bound) is int and bound}
+    if len(given) < sum(bound not in (None, 0) for bound in bounds) or not all(given.values()):
+        return False
+    neurons = follower.settle(source, dim)
+    if any(abs(bound) >= len(neurons) for bound in given):
+        return False
+    for bound, names in given.items():
+        parts = (neurons[:bound], neurons[bound:])
+        _note_lengths(follower, call, names, parts[bound < 0])
+        follower.see(call, Member(call.node.meta["module"], "channels", [], {}, parts[bound > 0]), f" not in {names}")
+    return True
 
 
 def _indexed(call: Call, source: Tensor, index: Any) -> Tensor | None:

@@ -91,19 +91,20 @@ class Site:
         return int(self.cells.max()) + 1
 
     def survivors(self, scores: Tensor, width: int) -> Tensor:
-        """The best `width` neurons, ascending, or a few more where a layer would lose all its neurons.
+        """The best `width` neurons, ascending, or a few more where a layer, or a part split off, would lose all.
 
         Args:
             scores: `(self.width,)`; among equal ones the first neurons stay.
             width: a multiple of `step`; equally many stay in each cell.
         """
         scores = scores.clone()
-        for member in self.producers:  # each layer keeps its best
+        members = self.producers + [member for member in self.passed if not member.slots]  # parts have no tensors
+        for member in members:  # each keeps its best
             owned = member.owner[member.owner >= 0].unique()
             scores[owned[scores[owned].argmax()]] += scores.abs().max() * 2 + 1
         while True:
             keep = largest(scores, width, self.cells)
-            if width == self.width or all(torch.isin(member.owner, keep).any() for member in self.producers):
+            if width == self.width or all(torch.isin(member.owner, keep).any() for member in members):
                 return keep
             width += self.step
 

@@ -61,7 +61,7 @@ def head(net, x):
 
 
 class Split(nn.Module):
-    """Split by lengths that are attributes: of each part, of a list, or twice of a half."""
+    """Split by lengths that are attributes: of each part, of a list, or twice of a half; or cut by one."""
 
     def __init__(self, way):
         super().__init__()
@@ -69,9 +69,31 @@ class Split(nn.Module):
         self.a, self.b, self.c = conv(3, 16), conv(6 if way != "half" else 8, 5), conv(10 if way != "half" else 8, 5)
 
     def forward(self, x):
+        if self.way == "slices":
+            return self.b((y := F.relu(self.a(x)))[:, : self.one]) + self.c(y[:, self.one :])
         sizes = {"attributes": [self.one, self.other], "list": self.lengths, "half": self.both // 2}[self.way]
         first, second = F.relu(self.a(x)).split(sizes, dim=1)
         return self.b(first) + self.c(second)
+
+
+class Parts(nn.Module):
+    """One layer makes a stream and what stays: gates that are counted, or the keys of a single head."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way, self.lengths = way, {"gates": (12, 3), "one head": (4, 4, 12), "states": (12, 5)}[way]
+        self.a, self.out = conv(3, sum(self.lengths)), conv(12, 5)
+
+    def forward(self, x):
+        y, *others = reversed(F.relu(self.a(x)).split(self.lengths, 1)) if self.way == "one head" else (
+            self.a(x).split(self.lengths, 1))  # fmt: skip
+        if self.way == "gates":
+            return self.out(sum(y * others[0][:, i : i + 1] for i in range(3)))
+        flat, others = y.flatten(2), [other.flatten(2) for other in others]
+        if self.way == "states":
+            return self.out((flat @ others[0].transpose(1, 2) @ others[0]).view(len(x), -1, 8, 8))
+        weights = (others[0].transpose(1, 2) @ others[1]).softmax(-1)
+        return self.out((flat @ weights.transpose(1, 2)).view(len(x), -1, 8, 8))
 
 
 def networks():
@@ -106,8 +128,10 @@ def networks():
         a=c(3, 12), b=c(3, 6), out=c(21, 4)), IMAGE, "hidden", {"a", "b"}  # fmt: skip
     yield "chunk", Graph(lambda n, x: n.out((p := n.a(x).chunk(2, 1))[0] * p[1].sigmoid()),
         a=c(3, 12), out=c(6, 4)), IMAGE, "hidden", {"a"}  # fmt: skip
-    for way in ("attributes", "list", "half"):
+    for way in ("attributes", "list", "half", "slices"):
         yield f"split by {way}", Split(way), IMAGE, "hidden", {"a"}
+    for way in ("gates", "one head", "states"):
+        yield f"parts that stay, {way}", Parts(way), IMAGE, "hidden", {"a"}
     yield "a scale that is computed and cut", Graph(
         lambda n, x: n.out(n.scales.sigmoid().view(2, -1, 1, 1)[1] * n.a(x)),
         a=c(3, 12), scales=nn.Parameter(torch.randn(2, 12)), out=c(12, 4)), IMAGE, "hidden", {"a"}  # fmt: skip
@@ -194,6 +218,15 @@ def test_every_connection_is_cut_right(name):
     assert set(result.model.state_dict()) == set(model.state_dict())
     twin = copy.deepcopy(result.model)
     assert [p.shape for p in twin.parameters()] == [p.shape for p in result.model.parameters()]
+
+
+@pytest.mark.parametrize("way", ["attributes", "list", "half", "slices"])
+def test_no_part_of_a_split_loses_all_its_channels(way):
+    """Of 16 channels one would be asked to stay: a part of them would be empty, which no layer can read."""
+    model, x = NETWORKS[f"split by {way}"][0], torch.randn(IMAGE)
+    small = compress(model, x, ratio=0.95).model
+    assert small.a.out_channels == 2 and small.b.in_channels == small.c.in_channels == 1
+    assert small(x).shape == model(x).shape
 
 
 @pytest.mark.parametrize("affine", [True, False])
