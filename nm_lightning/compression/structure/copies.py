@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize, prune
 from torch.utils import _pytree as pytree
 
 from nm_lightning.compression.structure.computed import make_computed_plain
-from nm_lightning.compression.structure.plan import tensors_of
+from nm_lightning.compression.structure.plan import forget, tensors_of
 from nm_lightning.compression.structure.wrappers import unwrap_inside
 from nm_lightning.errors import InputError
 
@@ -105,6 +105,7 @@ def duplicate(model: nn.Module, each: Callable[[Tensor], Tensor] = lambda tensor
             if inspect.isroutine(value):
                 setattr(module, name, _rebound(value, twins))
     unwrap_inside(result)
+    forget(result)
     return result
 
 

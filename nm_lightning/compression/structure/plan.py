@@ -77,7 +77,16 @@ def apply_plan(
             place = int(place.rstrip("]") or 0)
             length = type(before)([*before[:place], length, *before[place + 1 :]])
         setattr(module, attribute, length)
+    forget(model)
     return model._apply(lambda tensor: tensor)  # as when a network moves: what modules computed before is forgotten
+
+
+def forget(model: nn.Module) -> None:
+    """Empty, in place, the dictionaries that modules call caches: what they keep was computed from other tensors."""
+    for module in model.modules():
+        for name, held in vars(module).items():
+            if "cache" in name.lower() and isinstance(held, dict):
+                held.clear()
 
 
 def sliced(

@@ -2,6 +2,7 @@
 
 import copy
 
+import pytest
 import torch
 from torch import nn
 
@@ -38,8 +39,23 @@ class Keeps(nn.Module):
         return self.b(torch.relu(self.a(x) + self.kept["table"]))
 
 
-def test_a_network_that_has_run_is_loaded_into(tmp_path):
-    model, x = Keeps(), torch.randn(4, 6)
+class Caches(Keeps):
+    """Keeps it for good, as transformers' LeViT does in evaluation, but says that it is a cache."""
+
+    def __init__(self):
+        super().__init__()
+        self.table_cache = self.kept
+
+    def _apply(self, function, *args, **kwargs):
+        kept = self.kept
+        super()._apply(function, *args, **kwargs)
+        self.kept = kept
+        return self
+
+
+@pytest.mark.parametrize("kind", [Keeps, Caches])
+def test_a_network_that_has_run_is_loaded_into(kind, tmp_path):
+    model, x = kind(), torch.randn(4, 6)
     with torch.no_grad():
         result = compress(model, x, "prune", ratio=0.5)
         assert result.model.a.out_features == 6
