@@ -1,10 +1,14 @@
 """Rules for layers: modules that hold weights, and `torch.nn.functional`'s on parameters of the user's modules."""
 
+import copy
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.func import functional_call
 
 from nm_lightning.compression.graph.follow import Follower
 from nm_lightning.compression.graph.neurons import along, is_nobodys, nobody, varying
@@ -103,8 +107,18 @@ def own_norm(follower: Follower, call: Call) -> Any:
     """A normalisation that somebody wrote out: narrow, it computes over the survivors, as torch's own do."""
     own, dims = dict(call.layer.named_parameters()), varying(call.source)
     channels = next(iter(own.values())).numel()
-    fits = call.value.shape == call.source.shape
-    if fits and len(dims) == 1 and call.value.shape[dims[0]] == channels:
+    fits = call.value.shape == call.source.shape and len(call.sources) == 1
+    if not dims:
+        return call.source if fits else nobody(call.value)
+    along_channels = fits and len(dims) == 1 and call.value.shape[dims[0]] == channels
+    heads = fits and len(dims) > 1 and call.value.shape[-1] == channels
+    if not along_channels and not heads:
+        for source in call.sources:
+            follower.freeze(source, f"{call.name} normalises over several dimensions")
+        return nobody(call.value)
+    if not keeps_order(call.layer, call.value.ndim, dims):
+        return follower.stop(call, f"{call.name} does not treat all channels alike")
+    if along_channels:
         slots = [(follower.name_of(each, f"{call.name}.{label}"), each.shape.index(channels))
                  for label, each in own.items()]  # fmt: skip
         held = {name: value for name, value in vars(call.layer).items() if type(value) in (int, list, tuple)}
@@ -112,11 +126,50 @@ def own_norm(follower: Follower, call: Call) -> Any:
             (name for name, value in held.items() if value in (channels, (channels,), [channels])), 1
         )
         return follower.pass_through(call, slots, dims[0], counts, f"{call.name} mixes channels")
-    if fits and len(dims) > 1 and call.value.shape[-1] == channels:  # each head for itself
-        follower.hold(call.source, -1, f"{call.name} normalises over several dimensions")
-        follower.roles[call.node] = f"{call.name} mixes channels"
-        return call.source
-    return follower.stop(call, f"{call.name} normalises over several dimensions") if dims else call.source
+    follower.hold(call.source, -1, f"{call.name} normalises over several dimensions")
+    follower.roles[call.node] = f"{call.name} mixes channels"
+    return call.source
+
+
+@torch.no_grad()
+def keeps_order(norm: nn.Module, ndim: int, dims: Sequence[int]) -> bool:
+    """Whether a norm says the same of channels that come in another order, tried out on drawn numbers.
+
+    Then it knows no channel by its place, as one in groups does. A turn and a swap make up all orders. Along several
+    dimensions, of heads say, each head is for itself, and the last has the channels.
+
+    Args:
+        norm: it has parameters with a number for each channel; they may be without data.
+        ndim: of what it reads.
+        dims: along which neurons change.
+    """
+    draw, dim = partial(torch.rand, generator=torch.Generator().manual_seed(0)), dims[-1]
+    own = {name: draw(each.shape) + 0.5 for name, each in norm.named_parameters()}
+    channels = max(next(iter(own.values())).shape)
+    shape = [3] * ndim
+    shape[dim] = channels
+    images, tried, turned = 2 * draw(shape) - 1, copy.deepcopy(norm), torch.arange(channels).roll(1)
+    swapped = torch.cat([turned.roll(-1)[:2].flip(0), turned.roll(-1)[2:]])
+
+    def said(own: dict[str, Tensor], images: Tensor) -> Tensor:
+        return functional_call(tried, own, (images,))
+
+    try:
+        wanted = said(own, images)
+        for order in (turned, swapped):
+            other = {name: each.index_select(each.shape.index(channels), order) for name, each in own.items()}
+            if not torch.allclose(said(other, images[_at(dim, order)]), wanted[_at(dim, order)], 1e-4, 1e-5):
+                return False
+        return all(
+            torch.allclose(said(own, images.narrow(head, 1, 1)), wanted.narrow(head, 1, 1), 1e-4, 1e-5)
+            for head in dims[:-1]
+        )
+    except Exception:  # it wants other inputs
+        return False
+
+
+def _at(dim: int, places: Tensor) -> tuple:
+    return (*[slice(None)] * dim, places)
 
 
 @rule("multiheadattention")

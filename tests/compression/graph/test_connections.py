@@ -289,3 +289,33 @@ def test_a_norm_that_is_written_out_is_that_of_the_survivors(norm):
             setattr(small[1], name, nn.Parameter(tensor.index_select(tensor.shape.index(12), keep)))
         wanted = F.conv2d(small[1](model[0](x)[:, keep]).relu(), model[3].weight[:, keep], model[3].bias, padding=1)
         torch.testing.assert_close(result.model(x), wanted)
+
+
+class GroupedNorm(PlainRMSNorm2d):
+    """In two runs of channels; or of every second and the others. Both run at any width."""
+
+    def __init__(self, channels, apart):
+        super().__init__(channels)
+        self.apart = apart
+
+    def forward(self, x):
+        parts = (x[:, ::2], x[:, 1::2]) if self.apart else (x[:, : x.shape[1] // 2], x[:, x.shape[1] // 2 :])
+        sizes = [(part.square().mean(1, keepdim=True) + 1e-6).rsqrt().expand_as(part) for part in parts]
+        size = torch.stack(sizes, 2).flatten(1, 2) if self.apart and x.shape[1] % 2 == 0 else torch.cat(sizes, 1)
+        return x * size * self.weight.view(-1, 1, 1)
+
+
+class HalfNorm(PlainRMSNorm2d):
+    """Of the first half."""
+
+    def forward(self, x):
+        first, second = x.chunk(2, 1)
+        size = first.square().mean(1, keepdim=True)
+        return torch.cat([first * (size + 1e-6).rsqrt(), second], 1) * self.weight.view(-1, 1, 1)
+
+
+@pytest.mark.parametrize("norm", [GroupedNorm(12, False), GroupedNorm(12, True), HalfNorm(12)])
+def test_a_norm_that_is_written_out_and_knows_its_channels_by_their_place_stays_whole(norm):
+    found = trace(nn.Sequential(conv(3, 12), norm, conv(12, 4)).eval(), torch.randn(IMAGE))
+    assert not found.sites
+    assert found.skipped["0"] == "1 does not treat all channels alike"
