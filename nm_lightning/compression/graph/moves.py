@@ -81,7 +81,7 @@ def split(follower: Follower, call: Call) -> Any:
 def _parts_that_stay(follower: Follower, call: Call, parts: list[Tensor], sizes: Sequence) -> list[Tensor]:
     """The parts of a split whose lengths are numbers in the user's code; the others' are noted as attributes.
 
-    Attributes are known by their values, so parts of one length keep equally many neurons, but for a list's items.
+    Numbers are known by their values, so parts whose length is one attribute keep equally many neurons.
     """
     lists, frozen = _attributes(follower, call, list(sizes)), []
     for place, part in enumerate(parts if lists else []):
@@ -89,10 +89,9 @@ def _parts_that_stay(follower: Follower, call: Call, parts: list[Tensor], sizes:
     for size in dict.fromkeys(size for size in sizes if isinstance(size, int)):
         alike = [part for part, other in zip(parts, sizes, strict=True) if type(other) is int and other == size]
         names = _attributes(follower, call, size)
-        if not names:
-            frozen += [] if lists else alike
-            continue
-        if len(alike) > 1:
+        if not lists and not names:
+            frozen += alike
+        if len(alike) > 1 and names:
             follower.quota(torch.cat(alike), len(alike))
         _note_lengths(follower, call, names, alike[0])
     return frozen
