@@ -112,6 +112,21 @@ def _note_lengths(follower: Follower, call: Call, paths: list[str], owner: Tenso
         follower.see(call, member, f" in {path}")
 
 
+@rule("repeatinterleave")
+def repeat(follower: Follower, call: Call) -> Tensor | None:
+    """Each entry so many times: along the neurons by a number in the user's code, elsewhere by any number."""
+    dim, repeats = call.argument("dim", 2), call.symbol("repeats", 1)
+    if dim is None or isinstance(call.argument("repeats", 1), Tensor):
+        return None
+    if constant(call.source, dim):
+        follower.roles[call.node] = "move"
+        return shrink(call.source, [dim]).expand(call.value.shape)
+    if not isinstance(repeats, int):
+        return None
+    follower.roles[call.node] = "move"
+    return canonical(call.source.repeat_interleave(repeats, dim))
+
+
 @rule("channelshuffle")
 def shuffle(follower: Follower, call: Call) -> Tensor:
     """Groups of channels that are interleaved: equally many of each stay."""

@@ -135,6 +135,9 @@ def networks():
     yield "a scale that is computed and cut", Graph(
         lambda n, x: n.out(n.scales.sigmoid().view(2, -1, 1, 1)[1] * n.a(x)),
         a=c(3, 12), scales=nn.Parameter(torch.randn(2, 12)), out=c(12, 4)), IMAGE, "hidden", {"a"}  # fmt: skip
+    yield "repeated", Graph(lambda n, x: n.out(
+        (y := n.a(x)).repeat_interleave(2, dim=1) * y.mean((0, 2, 3), keepdim=True).repeat_interleave(len(x), dim=0)
+        .repeat_interleave(2, 1)), a=c(3, 12), out=c(24, 4)), IMAGE, "hidden", {"a"}  # fmt: skip
     yield "two consumers", Graph(lambda n, x: n.b(y := F.relu(n.a(x))) + n.c(y),
         a=c(3, 12), b=c(12, 4), c=c(12, 4)), IMAGE, "hidden", {"a"}  # fmt: skip
     yield (
