@@ -217,7 +217,8 @@ def page(rows: list[dict]) -> str:
         f"- MACs left in the median: {middle} (0.25 where everything shrinks); {sum(s <= 0.3 for s in shares)} have "
         f"at most 30 % left, {sum(s > 0.6 for s in shares)} more than 60 %;",
         f"- the narrow network says what the masked wide one says, to 1e-4 of the outputs' scale: {len(agree)}, "
-        f"of which {sum(not row['ours']['apart'] for row in agree)} by 0, whose branches begin near zero: that says little; "
+        f"of which {sum(not row['ours']['apart'] for row in agree)} by 0, whose branches begin near zero: that says "
+        "little; "
         f"ratio 0 gives the same bits: {len(exact)}; a saved one loads with the same bits: {len(loads)};",
         f"- exported: {len(tried)} were tried; {written['pt2']} as pt2 and {written['onnx']} as ONNX say what the "
         "narrow network says;",
