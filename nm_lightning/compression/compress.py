@@ -115,8 +115,10 @@ class Compressor:
         self.subject.calibration.check(recipe)
         if recipe.trains and self.subject.training is None:
             raise InputError("finetune_on training: give training, a DataLoader")
-        recipe.budget.check(self.subject)
-        subject = self.subject.adapted if recipe.looks and self.subject.calibration.synthetic else self.subject
+        subject = self.subject
+        if recipe.looks and subject.calibration.synthetic:
+            recipe.budget.check(subject)  # before images are made
+            subject = subject.adapted
         subject.remarks = []
         counts, skipped = recipe.budget.counts(subject), dict(self.skipped)
         while True:

@@ -158,6 +158,12 @@ class Follower:
         except AttributeError:
             return None
 
+    def attributes(self, module: nn.Module | None, value: int | list[int]) -> list[str]:
+        """The attributes of a module that hold a number, or a list or tuple of these numbers."""
+        kinds = (int,) if isinstance(value, int) else (list, tuple)
+        held = vars(module).items() if module is not None else ()
+        return [name for name, own in held if type(own) in kinds and (own if kinds == (int,) else list(own)) == value]
+
     # -- what rules say
 
     def produce(self, call: Call, slots: Slots, dim: int, counts: Counts = None, groups: int = 1) -> Tensor:

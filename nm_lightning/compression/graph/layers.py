@@ -121,10 +121,8 @@ def own_norm(follower: Follower, call: Call) -> Any:
     if along_channels:
         slots = [(follower.name_of(each, f"{call.name}.{label}"), each.shape.index(channels))
                  for label, each in own.items()]  # fmt: skip
-        held = {name: value for name, value in vars(call.layer).items() if type(value) in (int, list, tuple)}
-        counts = dict.fromkeys(
-            (name for name, value in held.items() if value in (channels, (channels,), [channels])), 1
-        )
+        held = [name for value in (channels, [channels]) for name in follower.attributes(call.layer, value)]
+        counts = dict.fromkeys(held, 1)
         return follower.pass_through(call, slots, dims[0], counts, f"{call.name} mixes channels")
     follower.hold(call.source, -1, f"{call.name} normalises over several dimensions")
     follower.roles[call.node] = f"{call.name} mixes channels"

@@ -68,13 +68,14 @@ def split(follower: Follower, call: Call) -> Any:
     elif len({len(part) for part in parts}) > 1:
         follower.freeze(source, f"split into unequal parts{where(node)}")
     else:
-        follower.quota(torch.cat(parts), len(parts))
+        every = torch.cat(parts)
+        follower.quota(every, len(parts))
         if call.operation == "split" and isinstance(sizes, int):
-            ways = [_attributes(follower, call, len(each)) for each in (parts[0], torch.cat(parts))]
-            if not any(ways):
+            known = [(_attributes(follower, call, len(owner)), owner) for owner in (parts[0], every)]
+            if not any(names for names, _ in known):
                 follower.freeze(source, f"split by a size given as a number{where(node)}")
-            for paths, owner in zip(ways, (parts[0], torch.cat(parts)), strict=True):
-                _note_lengths(follower, call, paths, owner)
+            for names, owner in known:
+                _note_lengths(follower, call, names, owner)
     return result
 
 
@@ -98,11 +99,8 @@ def _parts_that_stay(follower: Follower, call: Call, parts: list[Tensor], sizes:
 
 
 def _attributes(follower: Follower, call: Call, value: int | list[int]) -> list[str]:
-    """The attributes of the module whose code this is that hold a number, or these numbers."""
-    module = follower.module_named(call.node.meta["module"])
-    same = (int,) if isinstance(value, int) else (list, tuple)
-    held = vars(module).items() if module else ()
-    return [name for name, each in held if type(each) in same and (each if same == (int,) else list(each)) == value]
+    """Those of the module whose code this is."""
+    return follower.attributes(follower.module_named(call.node.meta["module"]), value)
 
 
 def _note_lengths(follower: Follower, call: Call, paths: list[str], owner: Tensor) -> None:
@@ -276,9 +274,8 @@ def reshape(follower: Follower, call: Call) -> Tensor:
 
 def _fixed(follower: Follower, size: Any) -> bool:
     """Whether a size in the graph is the length of a dimension that can't shrink."""
-    measured = isinstance(size, fx.Node) and size.target == "size"
-    origin = follower.origins.get(size.args[0]) if measured else None
-    return isinstance(origin, Tensor) and not constant(origin, size.args[1]) and follower.whole(origin, size.args[1])
+    axis = _axis(follower, size)
+    return axis is not None and follower.whole(*axis)
 
 
 def _divided(follower: Follower, size: Any) -> Tensor | None:
@@ -327,12 +324,16 @@ def _sizes(call: Call, ndim: int) -> tuple[list, int]:
 
 def _measured(follower: Follower, size: Any) -> Tensor | None:
     """The neurons `(n,)` along the dimension whose length a size in the graph is; None if it is no such length."""
+    axis = _axis(follower, size)
+    return None if axis is None or follower.whole(*axis) else follower.settle(*axis)
+
+
+def _axis(follower: Follower, size: Any) -> tuple[Tensor, int] | None:
+    """The tensor of neurons, and its dimension with several, whose length a size in the graph is."""
     if not isinstance(size, fx.Node) or size.target != "size":
         return None
     origin, dim = follower.origins.get(size.args[0]), size.args[1]
-    if not isinstance(origin, Tensor) or follower.whole(origin, dim):
-        return None
-    return follower.settle(origin, dim)
+    return (origin, dim) if isinstance(origin, Tensor) and not constant(origin, dim) else None
 
 
 def _told_by_attributes(

@@ -59,8 +59,8 @@ class Call:
 Rule = Callable[[Any, Call], Any]
 
 RULES: dict[Any, Rule] = {}  # by class, by function, by operation's name
-OWN_NORM = "a norm of the user's"
 KINDS: dict[str, Rule] = {}  # by kind of operation
+OWN_NORM = "a norm of the user's"  # the name of the rule for modules that are one, see `is_own_norm`
 
 
 def rule(*targets: type | Callable | str, kinds: Sequence[str] = ()) -> Callable[[Rule], Rule]:
@@ -90,11 +90,10 @@ def plain(name: str) -> str:
 
 def taught(target: Any) -> list[Rule]:
     """The rules for a module, by its classes, the nearest first, or for a function."""
-    own = [RULES[plain(OWN_NORM)]] if is_own_norm(target) else []
-    if isinstance(target, nn.Module):
-        target = type(target)
-    keys = target.__mro__ if isinstance(target, type) else [target] if callable(target) else []
-    return [RULES[key] for key in keys if key in RULES] or own
+    kind = type(target) if isinstance(target, nn.Module) else target
+    keys = kind.__mro__ if isinstance(kind, type) else [kind] if callable(kind) else []
+    found = [RULES[key] for key in keys if key in RULES]
+    return [RULES[plain(OWN_NORM)]] if not found and is_own_norm(target) else found
 
 
 def known(operation: str) -> list[Rule]:

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize, prune
 from torch.utils import _pytree as pytree
 
 from nm_lightning.compression.structure.computed import make_computed_plain
-from nm_lightning.compression.structure.plan import forget, tensors_of
+from nm_lightning.compression.structure.plan import caches, tensors_of
 from nm_lightning.compression.structure.wrappers import unwrap_inside
 from nm_lightning.errors import InputError
 
@@ -78,14 +78,17 @@ def with_data(model: nn.Module) -> nn.Module:
 def duplicate(model: nn.Module, each: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> nn.Module:
     """A copy that owns its forward: nothing in it runs the model's.
 
-    Tensors that are plain attributes are copied without their history, what can't be copied (a lock) is shared, and
-    hooks stay.
+    Tensors that are plain attributes are copied without their history, what can't be copied (a lock) is shared, hooks
+    stay, and caches are empty.
 
     Args:
         model: it is left as it is.
         each: what a parameter or buffer becomes; by default the copy shares it.
     """
     memo: dict[int, Any] = {id(tensor): each(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    for cache in caches(model):  # a copy's is empty
+        memo[id(cache)] = copy.copy(cache)
+        memo[id(cache)].clear()
     held = [value for module in model.modules() for value in _held(module).values()]
     for value in pytree.tree_leaves(held):
         if isinstance(value, Tensor):  # of a weight that a hook computes, or an activation that a forward keeps
@@ -105,7 +108,6 @@ def duplicate(model: nn.Module, each: Callable[[Tensor], Tensor] = lambda tensor
             if inspect.isroutine(value):
                 setattr(module, name, _rebound(value, twins))
     unwrap_inside(result)
-    forget(result)
     return result
 
 
@@ -172,7 +174,7 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def containers_kept(model: nn.Module) -> Iterator[None]:
     """What the modules keep in dictionaries and lists of their own, as a cache of what they computed, is as before."""
-    held = [value for module in model.modules() for name, value in vars(module).items() if name not in TORCHS]
+    held = [value for module in model.modules() for value in _held(module).values()]
     kept = [(value, copy.copy(value)) for value in held if type(value) in (dict, list, set)]
     try:
         yield

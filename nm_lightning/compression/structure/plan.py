@@ -77,16 +77,15 @@ def apply_plan(
             place = int(place.rstrip("]") or 0)
             length = type(before)([*before[:place], length, *before[place + 1 :]])
         setattr(module, attribute, length)
-    forget(model)
+    for held in caches(model):
+        held.clear()
     return model._apply(lambda tensor: tensor)  # as when a network moves: what modules computed before is forgotten
 
 
-def forget(model: nn.Module) -> None:
-    """Empty, in place, the dictionaries that modules call caches: what they keep was computed from other tensors."""
-    for module in model.modules():
-        for name, held in vars(module).items():
-            if "cache" in name.lower() and isinstance(held, dict):
-                held.clear()
+def caches(model: nn.Module) -> list[dict]:
+    """The dictionaries that modules call caches: what they keep was computed from the tensors of then."""
+    held = (item for module in model.modules() for item in vars(module).items())
+    return [value for name, value in held if "cache" in name.lower() and isinstance(value, dict)]
 
 
 def sliced(
