@@ -13,6 +13,7 @@ ARCHITECTURES = [
     ("resnet20", (3, 32, 32)),
     ("wide_resnet_10_2", (3, 32, 32)),
     ("alexnet", (3, 32, 32)),
+    ("vit_64_2", (3, 16, 16)),
     ("torchvision/squeezenet1_1", (3, 64, 64)),
     ("torchvision/resnet18", (3, 64, 64)),
     ("torchvision/vgg11_bn", (3, 32, 32)),

@@ -171,6 +171,19 @@ def test_one_cycle_rises_and_falls_step_by_step():
     assert rates == pytest.approx(up + down, abs=1e-12)
 
 
+def test_adamw_decays_what_it_is_told_to():
+    """A step without a gradient only decays: by rate times decay, norms and biases not at all."""
+    module = ImageClassifier("vit_32_1", 10, (1, 8, 8), lr=0.1, weight_decay=0.5, optimizer="adamw", decay_all=False)
+    before = {name: value.clone() for name, value in module.named_parameters()}
+    for parameter in module.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    configured = module.configure_optimizers()
+    configured["optimizer"].step()
+    for name, value in module.named_parameters():
+        expected = before[name] * (0.95 if value.ndim > 1 else 1.0)
+        assert torch.allclose(value, expected), name
+
+
 CYCLE = ["--model.schedule", "one_cycle", "--model.nesterov", "true", "--model.decay_all", "false"]
 CYCLE += ["--model.label_smoothing", "0.1", "--data.cutout", "3", "--trainer.max_epochs", "5"]
 
@@ -305,6 +318,7 @@ def test_a_checkpoint_rebuilds_its_module(in_tmp):
         (["--model.name", "vgg16"], "vgg16"),
         (["--model.widths", "[3]"], "widths [3]"),
         (["--model.schedule", "cosine"], "unknown schedule 'cosine'"),
+        (["--model.optimizer", "lion"], "unknown optimizer 'lion'"),
         (["--model.schedule", "one_cycle", "--trainer.max_epochs", "-1"], "one_cycle needs an end"),
         (["--data.crop", "mirror"], "crop 'mirror'"),
         (["--data.name", "imagenet"], "no imagenet images"),

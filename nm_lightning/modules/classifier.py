@@ -17,10 +17,11 @@ from nm_lightning.models import build_model
 from nm_lightning.modules.compressible import Compressible
 
 SCHEDULES = ("steps", "one_cycle")
+OPTIMIZERS = ("sgd", "adamw")
 
 
 class ImageClassifier(Compressible, LightningModule):
-    """An image classifier: cross-entropy, SGD with momentum, a rate by steps or in one cycle, top-1 and top-5.
+    """An image classifier: cross-entropy, SGD with momentum or AdamW, a rate by steps or in one cycle, top-1 and top-5.
 
     The defaults are the schedule of Kim et al. (NeurIPS 2020) for 200 epochs; one cycle (Smith and Topin,
     "Super-convergence", 2018) is for a few dozen. A checkpoint holds all that `load_from_checkpoint` needs, the widths
@@ -33,9 +34,10 @@ class ImageClassifier(Compressible, LightningModule):
         widths: neurons of each hidden layer in order; None for the architecture's own.
         weights: torchvision's pretrained weights to start from, such as `DEFAULT`.
         lr: learning rate of the first epochs, or the cycle's highest.
+        optimizer: `sgd`, or `adamw`, which transformers want.
         momentum: of SGD.
         nesterov: look ahead by the momentum.
-        weight_decay: of SGD.
+        weight_decay: of the optimizer.
         decay_all: False keeps the decay off norms and biases, the parameters of one dimension.
         label_smoothing: share of each training label that is spread over all classes.
         schedule: `steps`, or `one_cycle`: batch by batch up from `lr / 25`, after 30 % of all down to nothing.
@@ -66,11 +68,14 @@ class ImageClassifier(Compressible, LightningModule):
         decay_all: bool = True,
         label_smoothing: float = 0.0,
         schedule: str = "steps",
+        optimizer: str = "sgd",
         arguments: dict[str, Any] | None = None,
     ):
         super().__init__()
         if schedule not in SCHEDULES:
             raise InputError(f"unknown schedule {schedule!r}: choose from {', '.join(SCHEDULES)}")
+        if optimizer not in OPTIMIZERS:
+            raise InputError(f"unknown optimizer {optimizer!r}: choose from {', '.join(OPTIMIZERS)}")
         if not 0 <= label_smoothing < 1:
             raise InputError(f"label_smoothing {label_smoothing} is out of range: give 0 to 1, without 1")
         if nesterov and momentum <= 0:
@@ -91,6 +96,7 @@ class ImageClassifier(Compressible, LightningModule):
                 "decay_all": decay_all,
                 "label_smoothing": label_smoothing,
                 "schedule": schedule,
+                "optimizer": optimizer,
                 **({"arguments": dict(arguments)} if arguments else {}),
             }  # not `weights`: a checkpoint brings its own
         )
@@ -146,18 +152,18 @@ class ImageClassifier(Compressible, LightningModule):
         return loss
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """SGD, and the rate's steps at the milestones or its cycle."""
+        """The optimizer, and the rate's steps at the milestones or its cycle."""
         hyper = self.hparams
         decayed = [parameter for parameter in self.parameters() if hyper.decay_all or parameter.ndim > 1]
         others = [parameter for parameter in self.parameters() if not hyper.decay_all and parameter.ndim <= 1]
         groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
-        optimizer = torch.optim.SGD(
-            [group for group in groups if group["params"]],
-            hyper.lr,
-            hyper.momentum,
-            weight_decay=hyper.weight_decay,
-            nesterov=hyper.nesterov,
-        )
+        groups = [group for group in groups if group["params"]]
+        if hyper.optimizer == "adamw":
+            optimizer = torch.optim.AdamW(groups, hyper.lr, weight_decay=hyper.weight_decay)
+        else:
+            optimizer = torch.optim.SGD(
+                groups, hyper.lr, hyper.momentum, weight_decay=hyper.weight_decay, nesterov=hyper.nesterov
+            )
         if hyper.schedule == "steps":
             scheduler, interval = MultiStepLR(optimizer, list(hyper.milestones), hyper.gamma), "epoch"
         else:
