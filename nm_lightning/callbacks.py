@@ -64,7 +64,7 @@ class NeuronMergeCallback(Callback):
 
     Args:
         method: `prune`, `merge`, `fold`, `reconstruct`, or a `Method`.
-        criterion: which neurons stay: `l1-norm`, `l2-norm`, `l2-GM`, `output`, or a `Criterion`.
+        criterion: which neurons stay: `l1-norm`, `l2-norm`, `l2-GM`, `output`, `auto`, or a `Criterion`.
         calibration: unlabelled images for whatever looks at them: `data` for training images, `synthetic` for images
             that a program makes, or a tensor as the network reads it.
         replace: leave the compressed network in the Trainer's module instead of the original; a further `fit` trains
@@ -90,7 +90,7 @@ class NeuronMergeCallback(Callback):
     def __init__(
         self,
         method: str | Method = "merge",
-        criterion: str | Criterion = "l2-norm",
+        criterion: str | Criterion = "auto",
         ratio: float | list[float] | Literal["auto"] = AUTO,
         *,
         calibration: str | Tensor = "data",
@@ -109,10 +109,9 @@ class NeuronMergeCallback(Callback):
             if not replace:
                 raise InputError("every_n_epochs trains the narrow network on: give replace=True")
         self.choice, self.recipe = (method, criterion), recipe
-        if recipe is not None and (self.given or self.choice != ("merge", "l2-norm")):
+        if recipe is not None and (self.given or self.choice != ("merge", "auto")):
             raise InputError("NeuronMergeCallback: a recipe says it all: give no method or setting beside it")
         asked = recipe or Recipe.of(*self.choice, **self.given)
-        asked.check_images(calibration)
         self.calibration = calibration if asked.looks else None
         if self.schedule is not None and not isinstance(asked.budget, Ratio):
             raise InputError("every_n_epochs goes with ratios: give no widths or target beside them")

@@ -34,7 +34,7 @@ def parser_of_flags() -> argparse.ArgumentParser:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     methods, criteria = (", ".join(flags.known()[kind]) for kind in ("method", "criterion"))
     parser.add_argument("--method", nargs="+", default=["merge"], help=f"{methods}; one or several (merge)")
-    parser.add_argument("--criterion", nargs="+", default=["l2-norm"], help=f"{criteria}; one or several (l2-norm)")
+    parser.add_argument("--criterion", nargs="+", default=["auto"], help=f"{criteria}; one or several (auto)")
     flags.add_settings(parser)
     parser.add_argument(
         "--calibration", default="data", help="unlabelled images: data (training images), synthetic, or a folder (data)"

@@ -179,7 +179,6 @@ def started(
         why = next((f": {name}: {why}" for name, why in compressor.skipped.items()), "")
         raise InputError(f"nothing in {source.name} can be compressed{why}")
     for recipe in recipes:
-        recipe.check_images(grid.calibration)
         recipe.budget.check(compressor.subject)
     launch(fabric)
     ranks, calibration = Ranks(fabric.strategy), None

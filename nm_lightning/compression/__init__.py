@@ -9,6 +9,7 @@ from nm_lightning.compression.recipe import Recipe
 from nm_lightning.compression.refine import Distill, RecalibrateNorm, Refit
 from nm_lightning.compression.report import Report, SiteReport
 from nm_lightning.compression.selection import (
+    Auto,
     GeometricMedian,
     L1Norm,
     L2Norm,
@@ -25,6 +26,7 @@ from nm_lightning.compression.structure.plan import apply_plan
 from nm_lightning.compression.structure.sites import Site, Trace
 
 __all__ = [
+    "Auto",
     "Budget",
     "CompressionResult",
     "Compressor",

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from nm_lightning.compression.graph import trace
 from nm_lightning.compression.recipe import Recipe
 from nm_lightning.compression.report import Report
+from nm_lightning.compression.selection import Auto, L2Norm, OutputAware
 from nm_lightning.compression.selection.budgets import choose
+from nm_lightning.compression.selection.output_aware import divergence
 from nm_lightning.compression.settings import Budget, Criterion, Method, Refinement
 from nm_lightning.compression.statistics.adapted import given_back
 from nm_lightning.compression.statistics.calibration import Calibration
@@ -26,6 +28,8 @@ from nm_lightning.compression.structure.sites import Site
 from nm_lightning.compression.structure.unread import follow, unread
 from nm_lightning.compression.structure.wrappers import unwrapped
 from nm_lightning.errors import InputError
+
+FAR = 0.1  # nats an image
 
 
 @dataclass
@@ -115,12 +119,36 @@ class Compressor:
         self.subject.calibration.check(recipe)
         if recipe.trains and self.subject.training is None:
             raise InputError("finetune_on training: give training, a DataLoader")
-        subject = self.subject
+        return self._noticing(recipe) if isinstance(recipe.criterion, Auto) else self._follow(recipe)
+
+    def _noticing(self, recipe: Recipe) -> CompressionResult:
+        """Choose by norm; where that changes the predictions by more than `FAR`, by `output`, too.
+
+        Networks that `output` can't look into keep what the norm chose.
+        """
+        asked, subject = replace(recipe, criterion=L2Norm()), self.subject
+        found, remarks = self._follow(replace(asked, then=())), []
+        if recipe.method.looks and subject.calibration.telling:
+            try:
+                lost = divergence(found.model, subject, subject.batches[-max(1, len(subject.batches) // 4) :])
+                if not lost <= FAR:
+                    found = self._follow(replace(recipe, criterion=OutputAware()), found)
+                    return replace(found, recipe=recipe)
+            except InputError as error:
+                remarks = [f"criterion l2-norm: {error}"]
+        found = self._follow(asked, found) if recipe.then else found
+        found.report.remarks += remarks
+        return replace(found, recipe=recipe)
+
+    def _follow(self, recipe: Recipe, first: CompressionResult | None = None) -> CompressionResult:
+        """Follow a recipe; where `first` is known, at its sites and widths."""
+        subject = self.subject if first is None else replace(self.subject, sites=first.sites)
         if recipe.looks and subject.calibration.synthetic:
-            recipe.budget.check(subject)  # before images are made
-            subject = subject.adapted
+            recipe.budget.check(self.subject)  # before images are made
+            subject = replace(self.subject.adapted, sites=subject.sites)
         subject.remarks = []
-        counts, skipped = recipe.budget.counts(subject), dict(self.skipped)
+        counts = recipe.budget.counts(subject) if first is None else first.report.widths
+        skipped = dict(self.skipped if first is None else first.report.skipped)
         while True:
             keeps = subject.ranks.first(recipe.criterion.choose(subject, counts, recipe.method))
             proof = prove(subject, keeps)
@@ -150,7 +178,7 @@ def compress(
     model: nn.Module,
     example_input: Inputs,
     method: str | Method = "merge",
-    criterion: str | Criterion = "l2-norm",
+    criterion: str | Criterion = "auto",
     ratio: float | None = None,
     *,
     budget: Budget | None = None,
@@ -172,7 +200,7 @@ def compress(
         example_input: a batch that `model` accepts: a tensor, a tuple of inputs, or a dictionary of them by name. Only
             shapes and dtypes matter.
         method: what becomes of the removed neurons: `prune`, `merge`, `fold`, `reconstruct`, or a `Method`.
-        criterion: which neurons stay: `l1-norm`, `l2-norm`, `l2-GM`, `output`, or a `Criterion`.
+        criterion: which neurons stay: `l1-norm`, `l2-norm`, `l2-GM`, `output`, `auto`, or a `Criterion`.
         ratio: share of each site's neurons to remove, in [0, 1); 0.5 where nothing else says how many.
         budget: instead of a ratio: `Widths`, `Parameters`, `Macs`, or one of your own.
         then: what follows: `Refit`, `RecalibrateNorm`, `Distill`, or one of your own.
@@ -205,6 +233,6 @@ def compress(
     if recipe is None:
         settings |= {} if ratio is None else {"ratio": ratio}
         recipe = Recipe.of(method, criterion, budget=budget, then=then, **settings)
-    elif settings or then or not (ratio is budget is None and (method, criterion) == ("merge", "l2-norm")):
+    elif settings or then or not (ratio is budget is None and (method, criterion) == ("merge", "auto")):
         raise InputError("a recipe says it all: give no method, criterion, ratio, budget or setting beside it")
     return Compressor(model, example_input, recipe, calibration, strategy, training=training)()

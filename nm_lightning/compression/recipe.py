@@ -9,7 +9,7 @@ from typing import Any, Literal
 from nm_lightning.compression import refine  # noqa: F401 - they register themselves
 from nm_lightning.compression.graph.trace import SCOPES
 from nm_lightning.compression.methods import Merge
-from nm_lightning.compression.selection import L2Norm, Ratio
+from nm_lightning.compression.selection import Auto, L2Norm, Ratio
 from nm_lightning.compression.settings import (
     AUTO,
     Budget,
@@ -27,7 +27,6 @@ from nm_lightning.compression.settings import (
     settings_of,
     whole,
 )
-from nm_lightning.compression.statistics.synthetic import is_synthetic
 from nm_lightning.errors import InputError
 
 EFFORTS: dict[str, dict[str, Any]] = {
@@ -90,7 +89,7 @@ class Recipe:
     def of(
         cls,
         method: str | Method = "merge",
-        criterion: str | Criterion = "l2-norm",
+        criterion: str | Criterion = "auto",
         *,
         budget: Budget | None = None,
         then: Sequence[Refinement] = (),
@@ -99,7 +98,7 @@ class Recipe:
         """The recipe that loose settings describe, by the names of `settings()`.
 
         Settings of methods, criteria and budgets that are not asked for have no say, but must be valid. What is `auto`
-        has its default.
+        has its default; the criterion `auto` is `l2-norm` where the method looks at no images.
 
         Raises:
             InputError: a setting that is not known or out of its range, or several budgets.
@@ -110,7 +109,7 @@ class Recipe:
             choice(*known).check("setting", name)
             check_given(known[name], value)
         if given.get("effort"):
-            if (method, criterion) != ("merge", "l2-norm"):
+            if (method, criterion) != ("merge", "auto"):
                 raise InputError(f"effort {given['effort']!r} chooses method and criterion: leave them away, or it")
             given = EFFORTS[given["effort"]] | given
             method, criterion = given.pop("method"), given.pop("criterion")
@@ -120,8 +119,11 @@ class Recipe:
         own = {each.name: given[each.name] for each in fields(cls) if each.name in given}
         if isinstance(own.get("sites"), str):
             own["sites"] = (own["sites"],)
+        method = method if isinstance(method, Method) else Method.find(method).make(given)
+        if criterion == Auto.name and not method.looks:
+            criterion = L2Norm.name
         return cls(
-            method=method if isinstance(method, Method) else Method.find(method).make(given),
+            method=method,
             criterion=criterion if isinstance(criterion, Criterion) else Criterion.find(criterion).make(given),
             budget=budgets[0] if budgets else Ratio.make(given),
             then=(*then, *asked_for(Refinement, given)),
@@ -138,14 +140,6 @@ class Recipe:
     def trains(self) -> bool:
         """Whether it takes all training images."""
         return any(part.trains for part in self.then)
-
-    def check_images(self, calibration: Any) -> None:
-        """Raise `InputError` where synthetic images would lead astray: they say nothing of a network's predictions."""
-        if is_synthetic(calibration) and not self.criterion.synthetic:
-            raise InputError(
-                f"criterion {self.criterion.name} chooses badly by synthetic images: give real ones, "
-                "or --criterion l2-norm"
-            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON and checkpoints."""

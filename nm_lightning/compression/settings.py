@@ -159,13 +159,9 @@ class Criterion(Part):
 
     A subclass has `scores(site, subject)`, how much each of a site's neurons should stay `(n,)`; or a `choose` of its
     own.
-
-    Attributes:
-        synthetic: whether images that a program draws are good enough for it.
     """
 
     kind, known = "criterion", {}
-    synthetic: ClassVar[bool] = True
 
     def choose(self, subject: Any, counts: Mapping[str, int], method: Method) -> dict[str, Any]:
         """By site, the survivors `(k,)`: of a `Subject`, so many as `counts` says, where `method` treats the others."""

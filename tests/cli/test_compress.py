@@ -253,7 +253,6 @@ def test_imagenet_for_real(real_data, tmp_path):
         (["--method", "reconstruct", "--calibration", "nowhere"], "calibration 'nowhere' is no folder"),
         (["--method", "reconstruct", "--calibration", "runs"], "calibration folder 'runs' has no images"),
         (["--method", "reconstruct", "--calibration_size", "0"], "calibration_size 0"),
-        (["--method", "reconstruct", "--criterion", "output", "--calibration", "synthetic"], "by synthetic images"),
         (["--finetune", "-1"], "finetune -1"),
         (["--round_to", "0"], "round_to 0"),
         (["--target_macs", "2"], "target_macs 2.0"),

@@ -12,6 +12,7 @@ from nm_lightning import InputError, Recipe, compress, save
 from nm_lightning.callbacks import NeuronMergeCallback
 from nm_lightning.cli.flags import given_settings
 from nm_lightning.compression import (
+    Auto,
     Criterion,
     Distill,
     Macs,
@@ -50,7 +51,7 @@ LOOSE_AND_OBJECTS = [
     ),
     (
         {"method": "reconstruct", "reconstruction": "channel", "target_parameters": 0.6, "calibration_size": 32},
-        Recipe(Reconstruct(reconstruction="channel"), budget=Parameters(0.6), calibration_size=32),
+        Recipe(Reconstruct(reconstruction="channel"), Auto(), budget=Parameters(0.6), calibration_size=32),
     ),
     (
         {"method": "merge", "finetune": 1, "recalibrate_norm": True, "refit": 1, "scope": "all", "sites": ["3"]},

@@ -2,9 +2,10 @@
 
 from nm_lightning.compression.selection.budgets import Latency, Macs, Parameters, Ratio, Widths
 from nm_lightning.compression.selection.criteria import GeometricMedian, L1Norm, L2Norm, WeightCriterion
-from nm_lightning.compression.selection.output_aware import OutputAware
+from nm_lightning.compression.selection.output_aware import Auto, OutputAware
 
 __all__ = [
+    "Auto",
     "GeometricMedian",
     "L1Norm",
     "L2Norm",

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from nm_lightning.batches import inputs_and_labels, read
 from nm_lightning.compression.settings import whole
-from nm_lightning.compression.statistics.matched import made
+from nm_lightning.compression.statistics.matched import can_match, made
 from nm_lightning.compression.statistics.ranks import ALONE, Ranks
 from nm_lightning.compression.statistics.synthetic import SYNTHETIC, Synthetic
 from nm_lightning.compression.structure.inputs import (
@@ -86,17 +86,25 @@ class Calibration:
         self.model, self.steps, self.remarks = model, steps, []
 
     def check(self, recipe: Any) -> None:
-        """Raise `InputError` where a `Recipe` asks for images that there are not, or that would lead it astray."""
+        """Raise `InputError` where a `Recipe` asks for images that there are not."""
         if recipe.looks and self.source is None:
             raise InputError(
                 f"{recipe.looks} looks at images: give calibration, a tensor, a DataLoader or {SYNTHETIC!r}"
             )
-        recipe.check_images(self.source)
 
     @property
     def synthetic(self) -> bool:
         """Whether nobody took its images."""
         return isinstance(self.source, Synthetic)
+
+    @property
+    def telling(self) -> bool:
+        """Whether predictions on them say something: those on images that a program draws and matches to nothing don't.
+
+        LeNet-300-100 at 0.7, independent pixels: `output` seems 3.7 times nearer to the original than `l2-norm`, and is
+        five points worse.
+        """
+        return not self.synthetic or can_match(self.model, self.steps)
 
     @property
     def gathered(self) -> bool:

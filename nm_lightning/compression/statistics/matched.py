@@ -45,7 +45,7 @@ def made(
         uint8 `(size, C, H, W)` on the CPU, as images are; and what a reader should know, or nothing.
     """
     shape = tuple(example.shape[1:])
-    if model is None or not steps or not norms_of(model):
+    if not can_match(model, steps):
         why = "" if model is None or not steps else "synthetic images are as drawn: no BatchNorm says what to match"
         spatial = model is None or any(isinstance(module, CONVOLUTIONS) for module in model.modules())
         return to_bytes((dead_leaves if spatial else noise)(size, shape, seed)), why
@@ -67,6 +67,11 @@ def made(
 def to_bytes(images: Tensor) -> Tensor:
     """uint8 of floats in [0, 1]."""
     return images.mul(255).round().byte()
+
+
+def can_match(model: nn.Module | None, steps: int) -> bool:
+    """Whether there are BatchNorms, and steps, to match images with."""
+    return model is not None and steps > 0 and bool(norms_of(model))
 
 
 def norms_of(model: nn.Module) -> list[nn.Module]:

@@ -1,5 +1,6 @@
 """The network that is to be compressed, with all that selection, methods and refinements may ask of it."""
 
+import copy
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -97,6 +98,6 @@ class Subject:
 
     def on(self, batches: Sequence[Inputs]) -> "Subject":
         """The same network with other images."""
-        calibration = Calibration(None, self.example, ranks=self.ranks)
+        calibration = copy.copy(self.calibration)
         calibration.batches = list(batches)
         return replace(self, calibration=calibration, computed={}, remarks=[])

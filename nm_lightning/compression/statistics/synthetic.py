@@ -1,7 +1,6 @@
 """Images that nobody took of the data: a program draws them, or cuts them out of two photographs."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,11 +26,6 @@ class Synthetic:
         low, high = (torch.tensor(values, device=images.device).view(-1, 1, 1) for values in (self.low, self.high))
         share = images / 255 if images.dtype == torch.uint8 else images
         return low + (high - low) * share
-
-
-def is_synthetic(calibration: Any) -> bool:
-    """Whether a source of calibration images asks for synthetic ones."""
-    return isinstance(calibration, Synthetic) or (isinstance(calibration, str) and calibration == SYNTHETIC)
 
 
 def dead_leaves(count: int, shape: tuple[int, int, int], seed: int = 0, leaves: int = 40) -> Tensor:
