@@ -9,6 +9,7 @@ architecture is known by name.
 
 import operator
 from dataclasses import replace
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ SHAPED = {"zeros", "ones", "empty", "newzeros", "newones", "newempty", "rand", "
 SHAPED_KINDS = {"move", "pool", "resample", "pad"}
 
 Slots = list[tuple[str, int]]  # see `Member`
-Counts = dict[str, int] | None
+Counts = dict[str, int | Fraction] | None
 
 
 class Follower:
@@ -224,6 +225,7 @@ class Follower:
         axis = dim % call.source.ndim
         self.see(call, Member(call.name, "columns", slots, counts or {}, neurons, groups, axis))
         if groups > 1:
+            self.facts.grouped[call.name] = neurons.view(groups, -1)
             self.quota(neurons, groups)
 
     def pass_through(

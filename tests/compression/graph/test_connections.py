@@ -122,6 +122,13 @@ def networks():
         "hidden",
         {"0", "2"},
     )
+    yield "grouped in part", Graph(
+        lambda n, x: n.out(torch.cat([F.relu(n.b((y := F.relu(n.a(x)).chunk(2, 1))[0])), y[1]], 1)),
+        a=c(3, 16), b=c(8, 8, groups=4), out=c(16, 4)), IMAGE, "hidden", {"a", "b"}  # fmt: skip
+    yield "groups of a stream that goes by heads", Graph(
+        lambda n, x: head(n, (y := n.a(x) + n.b(n.a(x))) + F.scaled_dot_product_attention(
+            *3 * [y.flatten(2).unflatten(1, (n.heads, -1)).mT], scale=1).mT.reshape(y.shape)),
+        a=c(3, 24), b=c(24, 24, groups=4), heads=4, fc=nn.Linear(24, 4)), IMAGE, "all", {"a"}  # fmt: skip
     yield "channel shuffle", Graph(lambda n, x: n.c(shuffle(F.relu(n.b(shuffle(F.relu(n.a(x)), 2))), 2)),
         a=c(3, 12), b=c(12, 16, groups=2), c=c(16, 4)), IMAGE, "hidden", {"a", "b"}  # fmt: skip
     yield "concatenation", Graph(lambda n, x: n.out(torch.cat([F.relu(n.a(x)), x, n.b(x)], 1)),
