@@ -95,6 +95,9 @@ class Follower:
             raise error
         for size in self.recorder.escaped:
             self._hold_measured(size, f"its number of channels is read{where(size)}")
+        for size, other, module in self.recorder.compared:
+            if type(other) is int and size.number == other:
+                self._expect(size.node, other, module)
 
     def step(self, node: fx.Node) -> None:
         """Follow one node."""
@@ -343,6 +346,14 @@ class Follower:
         else:
             for neurons, dim in self.measured(size):
                 self.hold(neurons, dim, reason)
+
+    def _expect(self, size: fx.Node, number: int, module: str) -> None:
+        """The module's attributes of that number, which its code expects to be that of these neurons, go with it."""
+        for neurons, dim in self.measured(size) if size.target == "size" else ():
+            for name in () if constant(neurons, dim) else self.attributes(self.module_named(module), number):
+                call = Call(size, "", None, (), {}, (), [], None)
+                member = Member(module, "channels", [], {name: 1}, self.settle(neurons, dim))
+                self.see(call, member, f" expected by {name}")
 
     def _counts_heads(self, size: fx.Node) -> bool:
         """Whether a number is a width divided by the number of heads that the module has as an attribute."""

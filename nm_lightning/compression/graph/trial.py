@@ -106,7 +106,7 @@ def _sites(home: Tensor) -> list[int]:
 
 def _compared(follower: Follower) -> Iterator[Tensor]:
     """The neurons whose number was compared, the last first."""
-    for size in reversed(follower.recorder.compared):
+    for size, _, _ in reversed(follower.recorder.compared):
         for neurons, dim in follower.measured(size.node):
             yield along(neurons, dim)
 
