@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from dataclasses import replace
+from math import gcd
 
 import torch
 from torch import Tensor, fx
@@ -139,9 +140,8 @@ def _cells(facts: Facts, number: Tensor, width: int) -> tuple[Tensor, str]:
             return cells, "its neurons are spread unevenly over groups"
         group = torch.where(counts.sum(dim=1) > 0, counts.argmax(dim=1), -1)
         _, cells = torch.stack([cells, group]).unique(dim=1, return_inverse=True)
-    if len(torch.bincount(cells).unique()) > 1:
-        return cells, "its neurons are spread unevenly over groups"
-    return cells, "its groups have one neuron each" if int(cells.max()) + 1 == width else ""
+    shares = gcd(*cells.bincount().tolist())  # of each cell the same one goes
+    return cells, "its groups have one neuron each, or no share in common" if shares == 1 else ""
 
 
 def _path(

@@ -9,6 +9,7 @@ architecture is known by name.
 
 import operator
 from dataclasses import replace
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ SHAPED = {"zeros", "ones", "empty", "newzeros", "newones", "newempty", "rand", "
 SHAPED_KINDS = {"move", "pool", "resample", "pad"}
 
 Slots = list[tuple[str, int]]  # see `Member`
-Counts = dict[str, int] | None
+Counts = dict[str, int | Fraction] | None
 
 
 class Follower:
@@ -94,6 +95,9 @@ class Follower:
             raise error
         for size in self.recorder.escaped:
             self._hold_measured(size, f"its number of channels is read{where(size)}")
+        for size, other, module in self.recorder.compared:
+            if type(other) is int and size.number == other:
+                self._expect(size.node, other, module)
 
     def step(self, node: fx.Node) -> None:
         """Follow one node."""
@@ -224,6 +228,7 @@ class Follower:
         axis = dim % call.source.ndim
         self.see(call, Member(call.name, "columns", slots, counts or {}, neurons, groups, axis))
         if groups > 1:
+            self.facts.grouped[call.name] = neurons.view(groups, -1)
             self.quota(neurons, groups)
 
     def pass_through(
@@ -341,6 +346,14 @@ class Follower:
         else:
             for neurons, dim in self.measured(size):
                 self.hold(neurons, dim, reason)
+
+    def _expect(self, size: fx.Node, number: int, module: str) -> None:
+        """The module's attributes of that number, which its code expects to be that of these neurons, go with it."""
+        for neurons, dim in self.measured(size) if size.target == "size" else ():
+            for name in () if constant(neurons, dim) else self.attributes(self.module_named(module), number):
+                call = Call(size, "", None, (), {}, (), [], None)
+                member = Member(module, "channels", [], {name: 1}, self.settle(neurons, dim))
+                self.see(call, member, f" expected by {name}")
 
     def _counts_heads(self, size: fx.Node) -> bool:
         """Whether a number is a width divided by the number of heads that the module has as an attribute."""

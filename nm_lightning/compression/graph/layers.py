@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
+from fractions import Fraction
 from functools import partial
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 
 from nm_lightning.compression.graph.follow import Follower
-from nm_lightning.compression.graph.neurons import along, is_nobodys, nobody, varying
+from nm_lightning.compression.graph.neurons import along, is_nobodys, lay_along, nobody, varying
 from nm_lightning.compression.graph.nodes import where
 from nm_lightning.compression.graph.rules import OWN_NORM, Call, rule
 from nm_lightning.compression.structure.operations import BATCH_NORMS, CHANNEL_NORMS, CONVOLUTIONS, TRANSPOSED
@@ -44,17 +45,26 @@ def convolution(follower: Follower, call: Call) -> Tensor:
     dim = call.value.ndim - layer.weight.ndim + 1
     narrowed = follower.slots(call, 0, "weight")[0][0] in follower.given  # down to one channel a group
     depthwise = layer.groups == layer.in_channels and not narrowed
-    repeats = layer.out_channels // layer.in_channels
-    if layer.groups > 1 and transposed and (repeats > 1 or not depthwise):
+    if layer.groups > 1 and transposed and (layer.out_channels > layer.in_channels or not depthwise):
         return follower.stop(call, "a grouped transposed convolution reads it")
-    if layer.groups > 1 and depthwise:
-        counts = {"out_channels": 1, "in_channels": repeats, "groups": repeats}
-        role = f"{call.name} filters each channel on its own"
-        return follower.pass_through(call, follower.slots(call, 0, "weight", "bias"), dim, counts, role, repeats)
+    if (layer.groups > 1 and depthwise) or call.name in follower.facts.as_one:
+        return _each_group_for_itself(follower, call, dim)
     rows, columns = (1, 0) if transposed else (0, 1)
     follower.read(call, follower.slots(call, columns, "weight"), dim, {"in_channels": 1}, layer.groups)
     slots = follower.slots(call, rows, "weight", "bias")
     return follower.produce(call, slots, dim, {"out_channels": 1}, layer.groups)
+
+
+def _each_group_for_itself(follower: Follower, call: Call, dim: int) -> Tensor:
+    """What a group reads and makes stays or goes as one, as each channel of a depthwise convolution does."""
+    layer = call.layer
+    runs = follower.settle(call.source, dim).view(layer.groups, -1)
+    follower.tie(runs, runs[:, :1], f"{call.name} reads whole groups")
+    made = layer.out_channels // layer.groups
+    counts = {"out_channels": 1, "in_channels": Fraction(layer.out_channels, layer.in_channels), "groups": made}
+    first = replace(call, source=lay_along(runs[:, 0], dim, call.source.ndim))
+    slots = follower.slots(call, 0, "weight", "bias")
+    return follower.pass_through(first, slots, dim, counts, f"{call.name} filters each group on its own", made)
 
 
 @rule(nn.PReLU)

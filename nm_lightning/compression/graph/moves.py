@@ -82,14 +82,25 @@ def split(follower: Follower, call: Call) -> Any:
 def _parts_that_stay(follower: Follower, call: Call, parts: list[Tensor], sizes: Sequence) -> list[Tensor]:
     """The parts of a split whose lengths are numbers in the user's code; the others' are noted as attributes.
 
-    Numbers are known by their values, so parts whose length is one attribute keep equally many neurons.
+    Numbers are known by their values, so parts whose length is one attribute keep equally many neurons. A part may be
+    as long as other neurons are many, or have what an attribute that counts all leaves to those of the others.
     """
     lists, frozen = _attributes(follower, call, list(sizes)), []
     for place, part in enumerate(parts if lists else []):
         _note_lengths(follower, call, [f"{name}[{place}]" for name in lists], part)
-    for size in dict.fromkeys(size for size in sizes if isinstance(size, int)):
+    for size, part in zip(sizes, parts, strict=True):
+        if isinstance(size, fx.Node) and (measured := _measured(follower, size)) is not None:
+            follower.tie(part, measured, f"as many as other neurons{where(call.node)}", additive=True)
+    known = {size: _attributes(follower, call, size) for size in dict.fromkeys(sizes) if isinstance(size, int)}
+    others = [size for size, names in known.items() if not names]
+    total = _attributes(follower, call, sum(map(len, parts))) if [*map(type, sizes)].count(int) == len(parts) else []
+    if total and not lists and len(others) == 1 < len(parts) and [*sizes].count(others[0]) == 1:
+        _note_lengths(follower, call, total, torch.cat(parts))
+        rest = parts[[*sizes].index(others[0])]
+        follower.see(call, Member(call.node.meta["module"], "channels", [], {}, rest), f" rest of {total}")
+        del known[others[0]]
+    for size, names in known.items():
         alike = [part for part, other in zip(parts, sizes, strict=True) if type(other) is int and other == size]
-        names = _attributes(follower, call, size)
         if not lists and not names:
             frozen += alike
         if len(alike) > 1 and names:

@@ -53,6 +53,8 @@ class Facts:
     quotas: list[Quota] = field(default_factory=list)
     frozen: list[tuple[Tensor, str]] = field(default_factory=list)
     shapes: dict[str, torch.Size] = field(default_factory=dict)  # what layers with a forward of their own read
+    grouped: dict[str, Tensor] = field(default_factory=dict)  # layer -> the neurons that each of its groups reads
+    as_one: set[str] = field(default_factory=set)  # grouped layers of which whole groups stay or go
     total: int = 0
 
     def copy(self) -> "Facts":
@@ -144,6 +146,13 @@ def components(count: int, pairs: list[Tensor]) -> Tensor:
     edges = torch.cat(pairs, dim=1).numpy() if pairs else np.zeros((2, 0), dtype=np.int64)
     graph = coo_matrix((np.ones(edges.shape[1]), (edges[0], edges[1])), shape=(count, count))
     return torch.from_numpy(connected_components(graph, directed=False)[1]).long()
+
+
+def groups_as_one(facts: Facts) -> set[str]:
+    """The grouped layers each of whose groups reads what stays or goes as one, but not all groups the same."""
+    same = components(facts.total + 1, tied_pairs(facts))
+    runs = {name: same[neurons] for name, neurons in facts.grouped.items()}
+    return {name for name, run in runs.items() if (run == run[:, :1]).all() and len(run.unique()) > 1}
 
 
 def tied_pairs(facts: Facts) -> list[Tensor]:

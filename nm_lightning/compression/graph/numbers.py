@@ -86,7 +86,7 @@ def _arithmetic(function: Any, reflected: bool = False) -> Any:
 
 def _comparison(function: Any) -> Any:
     def method(self: _Number, other: Any) -> Any:
-        self.recorder.compared.append(self)
+        self.recorder.compared.append((self, other, self.recorder.stack[-1] if self.recorder.stack else ""))
         return function(self.number, plain_number(other))
 
     return method

@@ -8,7 +8,7 @@ from torch import nn
 
 from nm_lightning.compression.graph.collect import collect
 from nm_lightning.compression.graph.follow import Follower
-from nm_lightning.compression.graph.neurons import Facts, owned
+from nm_lightning.compression.graph.neurons import Facts, groups_as_one, owned
 from nm_lightning.compression.graph.tracer import HERE, TORCH
 from nm_lightning.compression.graph.trial import try_out
 from nm_lightning.compression.structure.copies import check_network, with_data, without_data
@@ -76,7 +76,11 @@ def _attempt(model: nn.Module, given: Inputs) -> tuple[nn.Module, Inputs, Facts,
         for example in (first(given, 2), given):
             facts, example = Facts(), like(example, hollow)
             try:
-                return hollow, example, facts, [_follow(hollow, example, facts)]
+                follower = _follow(hollow, example, facts)
+                while groups := groups_as_one(facts):  # which those before them did not know yet
+                    facts = Facts(as_one=facts.as_one | groups)
+                    follower = _follow(hollow, example, facts)
+                return hollow, example, facts, [follower]
             except InputError as error:
                 refusal = error
     if isinstance(refusal, Rejected):

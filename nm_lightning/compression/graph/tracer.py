@@ -85,7 +85,7 @@ class Recorder(TorchFunctionMode):
         graph: what was recorded; where the network failed its last node has no value.
         values: each node's.
         escaped: sizes whose number was read by something that does not record.
-        compared: sizes that were compared, the last one last.
+        compared: sizes that were compared, with what and in which module's code, the last one last.
     """
 
     def __init__(self, root: nn.Module):
@@ -93,7 +93,7 @@ class Recorder(TorchFunctionMode):
         self.root, self.graph = root, fx.Graph()
         self.values: dict[fx.Node, Any] = {}
         self.escaped: list[fx.Node] = []
-        self.compared: list[Whole] = []
+        self.compared: list[tuple[Whole, Any, str]] = []
         self.names = {id(tensor): name for name, tensor in reversed(named_tensors(root).items())}
         self.modules = {module: name for name, module in root.named_modules()}
         self.stack: list[str] = []  # names of the modules whose code runs

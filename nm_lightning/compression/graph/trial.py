@@ -78,7 +78,7 @@ def _faults(
 ) -> dict[int, str]:
     """The numbers of the sites where the narrow network goes wrong, `UNKNOWN` for any, each with what is wrong."""
     given = {key: block[stays[block]] for key, block in facts.blocks.items()}
-    seen = Facts()
+    seen = Facts(as_one=facts.as_one)
     follower = Follower(narrow, seen, given, facts.members)
     try:
         follower.run(example)
@@ -106,7 +106,7 @@ def _sites(home: Tensor) -> list[int]:
 
 def _compared(follower: Follower) -> Iterator[Tensor]:
     """The neurons whose number was compared, the last first."""
-    for size in reversed(follower.recorder.compared):
+    for size, _, _ in reversed(follower.recorder.compared):
         for neurons, dim in follower.measured(size.node):
             yield along(neurons, dim)
 

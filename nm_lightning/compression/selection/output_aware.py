@@ -185,14 +185,13 @@ def eliminate(problems: Sequence[tuple[Tensor, Tensor, Tensor]], width: int, cel
         problems: for each consumer the inverse Gram matrix `(p, p)` per image, the weight `(p, out)`, and the rows
             `(n, s)` of each neuron. They are changed in place.
         width: how many stay.
-        cells: `(n,)`; equally many stay in each.
+        cells: `(n,)`; the same share of each stays.
 
     Returns:
         The step `(n,)` at which each neuron goes, `n` for those that stay, and the cost of each step.
     """
-    count, quota = len(cells), width // (int(cells.max()) + 1)
-    gone_at, costs = torch.full((count,), count), []
-    left = torch.bincount(cells)
+    count, left = len(cells), torch.bincount(cells)
+    gone_at, costs, quota = torch.full((count,), count), [], (left * width // count)[cells]
     for step in range(count - width):
         cost, solved = 0.0, []
         gone = gone_at < count

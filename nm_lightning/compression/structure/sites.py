@@ -1,6 +1,8 @@
 """What travels between the rooms: sites, and the layers that have a share in them."""
 
 from dataclasses import dataclass, field
+from fractions import Fraction
+from math import gcd
 
 import torch
 from torch import Tensor
@@ -28,7 +30,7 @@ class Member:
     name: str
     kind: str
     slots: list[tuple[str, int]]
-    counts: dict[str, int]
+    counts: dict[str, int | Fraction]
     owner: Tensor
     groups: int = 1
     axis: int = 1
@@ -73,7 +75,7 @@ class Site:
         producers: the layers whose rows the neurons are, in the order of execution.
         passed: per-channel layers on the way, sliced like the producers.
         consumers: the layers that read the neurons.
-        cells: `(width,)`, the cell of each neuron; equally many must stay in each.
+        cells: `(width,)`, the cell of each neuron; the same share must stay of each.
         coupled: whether the producers are added together, as along a residual stream.
     """
 
@@ -87,15 +89,15 @@ class Site:
 
     @property
     def step(self) -> int:
-        """The number of cells: a width is a multiple of it."""
-        return int(self.cells.max()) + 1
+        """The least width of which every cell gets its share: a width is a multiple of it."""
+        return self.width // gcd(*self.cells.bincount().tolist())
 
     def survivors(self, scores: Tensor, width: int) -> Tensor:
         """The best `width` neurons, ascending, or a few more where a layer, or a part split off, would lose all.
 
         Args:
             scores: `(self.width,)`; among equal ones the first neurons stay.
-            width: a multiple of `step`; equally many stay in each cell.
+            width: a multiple of `step`; the same share of each cell stays.
         """
         scores = scores.clone()
         members = self.producers + [member for member in self.passed if not member.slots]  # parts have no tensors
@@ -115,7 +117,7 @@ def largest(scores: Tensor, width: int, cells: Tensor | None = None) -> Tensor:
     Args:
         scores: `(n,)`.
         width: how many stay.
-        cells: `(n,)`, the cell of each neuron, all equally large; equally many stay in each. None for one cell.
+        cells: `(n,)`, the cell of each neuron; the same share of each stays, a whole number. None for one cell.
 
     >>> largest(torch.tensor([3.0, 1.0, 3.0, 2.0]), 2)
     tensor([0, 2])
@@ -123,10 +125,11 @@ def largest(scores: Tensor, width: int, cells: Tensor | None = None) -> Tensor:
     tensor([0, 3])
     """
     order = torch.argsort(scores, descending=True, stable=True)
-    count = 1
-    if cells is not None:
-        order, count = order[torch.argsort(cells[order], stable=True)], int(cells.max()) + 1
-    return order.view(count, -1)[:, : width // count].flatten().sort().values
+    cells = torch.zeros(len(scores), dtype=torch.long) if cells is None else cells
+    order = order[torch.argsort(cells[order], stable=True)]
+    sizes, cell = cells.bincount(), cells[order]
+    rank = torch.arange(len(order)) - (sizes.cumsum(0) - sizes)[cell]
+    return order[rank < (sizes * width // len(order))[cell]].sort().values
 
 
 @dataclass

@@ -61,18 +61,33 @@ def head(net, x):
 
 
 class Split(nn.Module):
-    """Split by lengths that are attributes: of each part, of a list, or twice of a half; or cut by one."""
+    """Split by lengths that are attributes: of each part, of a list, of all and one, or twice of a half; or cut by one.
+
+    Or by the length of another tensor, that the code expects to be what an attribute says.
+    """
 
     def __init__(self, way):
         super().__init__()
         self.way, self.one, self.other, self.lengths, self.both = way, 6, 10, (6, 10), 16
-        self.a, self.b, self.c = conv(3, 16), conv(6 if way != "half" else 8, 5), conv(10 if way != "half" else 8, 5)
+        if way == "the rest":
+            del self.other, self.lengths
+        if way == "another":
+            self.channels, self.before = 8, conv(3, 8)
+        equal = way in ("half", "another")
+        self.a = conv(3, 18 if way == "another" else 16)
+        self.b, self.c = conv(8 if equal else 6, 5), conv(8 if equal else 10, 5)
 
     def forward(self, x):
         if self.way == "slices":
             return self.b((y := F.relu(self.a(x)))[:, : self.one]) + self.c(y[:, self.one :])
-        sizes = {"attributes": [self.one, self.other], "list": self.lengths, "half": self.both // 2}[self.way]
-        first, second = F.relu(self.a(x)).split(sizes, dim=1)
+        if self.way == "another":
+            if (y := self.before(x)).shape[1] != self.channels:
+                raise ValueError("not the number of channels that was set")
+            first, second, gate = self.a(x).split((y.shape[1], y.shape[1], 2), dim=1)
+            return self.b(first * y) + self.c(second * gate[:, :1])
+        sizes = {"attributes": lambda: [self.one, self.other], "list": lambda: self.lengths,
+                 "half": lambda: self.both // 2, "the rest": lambda: [self.one, self.both - self.one]}  # fmt: skip
+        first, second = F.relu(self.a(x)).split(sizes[self.way](), dim=1)
         return self.b(first) + self.c(second)
 
 
@@ -122,14 +137,22 @@ def networks():
         "hidden",
         {"0", "2"},
     )
+    yield "grouped in part", Graph(
+        lambda n, x: n.out(torch.cat([F.relu(n.b((y := F.relu(n.a(x)).chunk(2, 1))[0])), y[1]], 1)),
+        a=c(3, 16), b=c(8, 8, groups=4), out=c(16, 4)), IMAGE, "hidden", {"a", "b"}  # fmt: skip
+    yield "groups of a stream that goes by heads", Graph(
+        lambda n, x: head(n, (y := n.a(x) + n.b(n.a(x))) + F.scaled_dot_product_attention(
+            *3 * [y.flatten(2).unflatten(1, (n.heads, -1)).mT], scale=1).mT.reshape(y.shape)),
+        a=c(3, 24), b=c(24, 24, groups=4), heads=4, fc=nn.Linear(24, 4)), IMAGE, "all", {"a"}  # fmt: skip
     yield "channel shuffle", Graph(lambda n, x: n.c(shuffle(F.relu(n.b(shuffle(F.relu(n.a(x)), 2))), 2)),
         a=c(3, 12), b=c(12, 16, groups=2), c=c(16, 4)), IMAGE, "hidden", {"a", "b"}  # fmt: skip
     yield "concatenation", Graph(lambda n, x: n.out(torch.cat([F.relu(n.a(x)), x, n.b(x)], 1)),
         a=c(3, 12), b=c(3, 6), out=c(21, 4)), IMAGE, "hidden", {"a", "b"}  # fmt: skip
     yield "chunk", Graph(lambda n, x: n.out((p := n.a(x).chunk(2, 1))[0] * p[1].sigmoid()),
         a=c(3, 12), out=c(6, 4)), IMAGE, "hidden", {"a"}  # fmt: skip
-    for way in ("attributes", "list", "half", "slices"):
+    for way in ("attributes", "list", "half", "the rest", "slices"):
         yield f"split by {way}", Split(way), IMAGE, "hidden", {"a"}
+    yield "split by another's length", Split("another"), IMAGE, "all", {"before"}
     for way in ("gates", "one head", "states"):
         yield f"parts that stay, {way}", Parts(way), IMAGE, "hidden", {"a"}
     yield "a scale that is computed and cut", Graph(
@@ -223,7 +246,7 @@ def test_every_connection_is_cut_right(name):
     assert [p.shape for p in twin.parameters()] == [p.shape for p in result.model.parameters()]
 
 
-@pytest.mark.parametrize("way", ["attributes", "list", "half", "slices"])
+@pytest.mark.parametrize("way", ["attributes", "list", "half", "the rest", "slices"])
 def test_no_part_of_a_split_loses_all_its_channels(way):
     """Of 16 channels one would be asked to stay: a part of them would be empty, which no layer can read."""
     model, x = NETWORKS[f"split by {way}"][0], torch.randn(IMAGE)
