@@ -104,7 +104,7 @@ class Compressor:
     ) -> None:
         """Take other images, and other ranks; see `compress`."""
         recipe, subject = self.recipe, self.subject
-        own = recipe.calibration_size, recipe.seed, Ranks(strategy), subject.evaluated, recipe.calibration_steps
+        own = recipe.calibration_size, recipe.seed, Ranks(strategy), subject.model, recipe.calibration_steps
         subject.calibration, subject.training = Calibration(calibration, subject.example, *own), training
         subject.computed.clear()
 
@@ -162,7 +162,10 @@ class Compressor:
             skipped |= proof.blamed
             subject = replace(subject, sites=[site for site in subject.sites if site.name not in proof.blamed])
             counts = recipe.budget.counts(subject) if recipe.budget.looks else counts
-        model, plan = narrow(subject.model, subject.sites, decomposition)
+        if proof.narrowed and decomposition.slices_only:
+            model, plan = proof.narrowed
+        else:
+            model, plan = narrow(subject.model, subject.sites, decomposition)
         rows = [decomposition.rows[site.name] for site in subject.sites]
         report = Report(rows, skipped, [*self.notes, *subject.calibration.remarks, *subject.remarks], str(proof))
         for refinement in recipe.then:

@@ -14,6 +14,7 @@ from nm_lightning.compression.settings import whole
 from nm_lightning.compression.statistics.matched import can_match, made
 from nm_lightning.compression.statistics.ranks import ALONE, Ranks
 from nm_lightning.compression.statistics.synthetic import SYNTHETIC, Synthetic
+from nm_lightning.compression.structure.copies import evaluated
 from nm_lightning.compression.structure.inputs import (
     Inputs,
     clone,
@@ -64,7 +65,7 @@ class Calibration:
         size: how many images at most.
         seed: of the synthetic images.
         ranks: that each have a share of the images; synthetic ones are shared out here.
-        model: in evaluation mode, to whose norms synthetic images are matched; None to leave them as they start.
+        model: to whose norms, as it is evaluated, synthetic images are matched; None to leave them as they start.
         steps: of Adam on each synthetic image.
 
     Attributes:
@@ -132,7 +133,8 @@ class Calibration:
                 raise InputError(f"synthetic images are (N, C, H, W), the network reads {shapes(example)}")
             drawn = None
             if self.ranks.rank == 0:
-                drawn = made(source, self.model, example, self.size, self.seed, self.steps)
+                model = None if self.model is None else evaluated(self.model)
+                drawn = made(source, model, example, self.size, self.seed, self.steps)
             images, remark = self.ranks.first(drawn)
             self.remarks += [remark] if remark else []
             return source.inputs(share(images, batch_length(images.shape[1:]), self.ranks))

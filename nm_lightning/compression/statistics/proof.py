@@ -18,11 +18,11 @@ from nm_lightning.compression.graph.tracer import TORCH, graph_of, leaves_of
 from nm_lightning.compression.statistics.runs import channels_that_stay, narrow_norms
 from nm_lightning.compression.statistics.subject import Subject
 from nm_lightning.compression.structure.columns import silence
-from nm_lightning.compression.structure.copies import evaluated, plain_copy, with_data
+from nm_lightning.compression.structure.copies import duplicate, evaluated, with_data
 from nm_lightning.compression.structure.decomposition import Decomposition, narrow
 from nm_lightning.compression.structure.inputs import Inputs, call, clone, dtype_of, length, shapes, tensors_in, to
 from nm_lightning.compression.structure.operations import SOLVABLE, TRANSPOSED
-from nm_lightning.compression.structure.plan import named_tensors, replace_tensors
+from nm_lightning.compression.structure.plan import Plan, named_tensors, replace_tensors
 from nm_lightning.compression.structure.sites import Site
 from nm_lightning.errors import InputError, first_line
 
@@ -42,12 +42,14 @@ class Proof:
         real: whether they are calibration images; else they were drawn.
         difference: the largest of any layer, as a share of its scale, with all sites that are not blamed.
         blamed: by site, why it stays whole.
+        narrowed: the network that all sites narrow, and its plan, where none is blamed.
     """
 
     inputs: int = 0
     real: bool = False
     difference: float = 0.0
     blamed: dict[str, str] = field(default_factory=dict)
+    narrowed: tuple[nn.Module, Plan] | None = field(default=None, repr=False)
 
     def __str__(self) -> str:
         """In a sentence."""
@@ -70,12 +72,15 @@ def prove(subject: Subject, keeps: Mapping[str, Tensor]) -> Proof:
     shrinking = [site for site in subject.sites if len(keeps[site.name]) < site.width]
     if not shrinking:
         return Proof()
+    narrowed = narrow(subject.model, shrinking, Decomposition.pruned(shrinking, keeps))
     for count in (FEW, length(subject.example)):
         inputs = subject.inputs(count)
         proof = Proof(length(inputs), subject.calibration.gathered)
         try:
-            _, proof.difference = _agreeing(subject, shrinking, keeps, inputs, proof.blamed)
-            return subject.ranks.first(proof)
+            _, proof.difference = _agreeing(subject, shrinking, keeps, inputs, proof.blamed, narrowed[0])
+            proof = subject.ranks.first(proof)
+            proof.narrowed = None if proof.blamed else narrowed
+            return proof
         except Refused as error:  # some networks want whole batches
             refusal = error
     name, given = type(subject.model).__name__, shapes(subject.example)
@@ -87,10 +92,15 @@ class Refused(Exception):
 
 
 def _agreeing(
-    subject: Subject, sites: Sequence[Site], keeps: Mapping[str, Tensor], inputs: Inputs, blamed: dict[str, str]
+    subject: Subject,
+    sites: Sequence[Site],
+    keeps: Mapping[str, Tensor],
+    inputs: Inputs,
+    blamed: dict[str, str],
+    narrowed: nn.Module | None = None,
 ) -> tuple[list[Site], float]:
     """The sites that can be narrowed together, and how far apart the networks are then; the others go to `blamed`."""
-    apart, reason = difference(subject, sites, keeps, inputs)
+    apart, reason = difference(subject, sites, keeps, inputs, narrowed)
     if not reason:
         return list(sites), apart
     if len(sites) == 1:
@@ -114,14 +124,20 @@ def _agreeing(
 
 
 def difference(
-    subject: Subject, sites: Sequence[Site], keeps: Mapping[str, Tensor], inputs: Inputs
+    subject: Subject,
+    sites: Sequence[Site],
+    keeps: Mapping[str, Tensor],
+    inputs: Inputs,
+    narrowed: nn.Module | None = None,
 ) -> tuple[float, str]:
     """How far the narrow network is from the masked wide one, as a share of a layer's scale, and what that means.
 
-    The sentence is empty where they agree to rounding.
+    The sentence is empty where they agree to rounding. A network that was `narrowed` at the sites is copied to run.
     """
-    small, _ = narrow(subject.model, sites, Decomposition.pruned(sites, keeps))
-    small, wide = _ready(small), _ready(masked(subject.model, sites, keeps, small))
+    if narrowed is None:
+        narrowed, _ = narrow(subject.model, sites, Decomposition.pruned(sites, keeps))
+    small = _ready(duplicate(narrowed))
+    wide = _ready(masked(subject.model, sites, keeps, small))
     layers = {name for name, layer in subject.layers.items() if isinstance(layer, (*SOLVABLE, *TRANSPOSED))}
     rows = channels_that_stay(sites, keeps, layers)
     try:
@@ -179,7 +195,7 @@ def masked(model: nn.Module, sites: Sequence[Site], keeps: Mapping[str, Tensor],
 
     A normalisation that mixes channels is that of the narrow network `small`, over the survivors alone.
     """
-    result, _ = plain_copy(model)
+    result = duplicate(model)
     tensors = named_tensors(result)
     names = {consumer.slots[0][0] for site in sites for consumer in site.consumers}
     values = {name: tensors[name].detach().clone() for name in names}

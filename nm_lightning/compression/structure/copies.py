@@ -20,7 +20,7 @@ from nm_lightning.errors import InputError
 
 TORCHS = set(vars(nn.Module()))  # what every module has
 COMPILED = "_compiled_call_impl"  # which no copy has
-COPYING = ("__deepcopy__", "__reduce_ex__", "__reduce__", "__getstate__", "__setstate__")
+COPYING = ("__deepcopy__", "__reduce_ex__", "__reduce__", "__getstate__")
 ATOMS = {int, float, bool, str, type(None)}  # what is its own copy
 REMOVE = {"WeightNorm": nn.utils.remove_weight_norm, "SpectralNorm": nn.utils.remove_spectral_norm}  # hooks of old
 
@@ -137,6 +137,10 @@ def _value(name: str, value: Any, memo: dict[int, Any]) -> Any:
         return value
     if name in TORCHS and not value:  # hooks that it has not
         return type(value)()
+    if name in TORCHS and type(value) is dict:
+        return {key: each if type(each) in ATOMS else copy.deepcopy(each, memo) for key, each in value.items()}
+    if type(value) is tuple and ATOMS.issuperset(map(type, value)):
+        return value
     return copy.deepcopy(value, memo)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nm_lightning.compression.report import SiteReport
 from nm_lightning.compression.structure.columns import absorb, put
-from nm_lightning.compression.structure.copies import own_tensors, plain_copy
+from nm_lightning.compression.structure.copies import duplicate, own_tensors
 from nm_lightning.compression.structure.plan import Plan, apply_plan, named_tensors, plan_sites, replace_tensors
 from nm_lightning.compression.structure.sites import Consumer, Site
 
@@ -72,6 +72,11 @@ class Decomposition:
         return cls(dict(keeps), {site.name: SiteReport(site.name, site.width, len(keeps[site.name]), method)
                                  for site in sites})  # fmt: skip
 
+    @property
+    def slices_only(self) -> bool:
+        """Whether no value changes."""
+        return not (self.scalings or self.tensors or self.biases)
+
     def shrinking(self, sites: Sequence[Site]) -> list[tuple[Site, SiteReport, Tensor]]:
         """The sites that lose neurons, with their rows and survivors."""
         keeps = self.keeps
@@ -91,7 +96,7 @@ def narrow(model: nn.Module, sites: Sequence[Site], decomposition: Decomposition
         A network of the same class that shares no memory with the wide one.
     """
     originals = named_tensors(model)
-    result, _ = plain_copy(model)
+    result = duplicate(model)
     plan = plan_sites(sites, decomposition.keeps)
     values = decomposition.tensors.items()
     replace_tensors(result, {name: value.to(originals[name].dtype) for name, value in values})

@@ -124,10 +124,21 @@ def _homes(module: nn.Module) -> tuple[dict, dict, dict]:
     return module._parameters, module._buffers, vars(module)
 
 
+def parts_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Modules by every name they have, in the order of `named_modules`, which asks each of them once for each level."""
+    found, pending = [], [("", model)]
+    while pending:
+        name, module = pending.pop()
+        found.append((name, module))
+        start = f"{name}." if name else ""
+        pending += [(start + part, child) for part, child in reversed(module._modules.items()) if child is not None]
+    return found
+
+
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters, buffers and plain tensor attributes by every name they have."""
     kinds: tuple[dict[str, Tensor], ...] = ({}, {}, {})
-    for prefix, module in model.named_modules(remove_duplicate=False):
+    for prefix, module in parts_of(model):
         start = f"{prefix}." if prefix else ""
         for kind, home in zip(kinds, _homes(module), strict=True):
             kind |= {start + name: value for name, value in home.items() if isinstance(value, Tensor)}
@@ -138,7 +149,7 @@ def learned(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers by every name they have: a plain attribute may be an activation that a forward keeps."""
     return {
         f"{prefix}.{name}".lstrip("."): tensor
-        for prefix, module in model.named_modules(remove_duplicate=False)
+        for prefix, module in parts_of(model)
         for home, name, tensor in tensors_of(module)
         if home is not vars(module)
     }

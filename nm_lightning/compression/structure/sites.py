@@ -49,7 +49,9 @@ class Member:
 
     def stays(self, keep: Tensor) -> Tensor:
         """Whether each position stays `(positions,)` when the neurons `keep` `(k,)` do; what nobody owns does."""
-        return torch.isin(self.owner, keep) | (self.owner < 0)
+        stays = torch.zeros(int(max(self.owner.max(), keep.max())) + 2, dtype=torch.bool, device=keep.device)
+        stays[keep] = stays[NOBODY] = True
+        return stays[self.owner.to(keep.device)]
 
 
 @dataclass
