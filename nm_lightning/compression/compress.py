@@ -61,7 +61,7 @@ class Compressor:
             was, and must stay as it is.
         example_input: a batch that `model` accepts: a tensor, a tuple of inputs, or a dictionary of them by name. Only
             shapes and dtypes matter.
-        recipe: whose scope, sites, number of images and seed apply to all that follow.
+        recipe: whose scope, attention, sites, number of images and seed apply to all that follow.
         calibration: see `compress`.
         strategy: see `compress`.
         training: see `compress`.
@@ -87,7 +87,7 @@ class Compressor:
     ):
         check_inputs(example_input)
         plain, notes = plain_copy(unwrapped(model))
-        found = trace(plain, example_input, recipe.scope)
+        found = trace(plain, example_input, recipe.scope, recipe.attention)
         self.unread = unread(plain, example_input, found, whole)
         sites = [site for site in choose(found.sites, recipe.sites) if site.name not in self.unread.whole]
         self.recipe, self.notes = recipe, notes
@@ -112,7 +112,7 @@ class Compressor:
     def __call__(self, recipe: Recipe | None = None) -> CompressionResult:
         """Follow a recipe, by default the one that was given first."""
         recipe = recipe or self.recipe
-        for name in ("scope", "sites", "calibration_size", "calibration_steps", "seed"):
+        for name in ("scope", "attention", "sites", "calibration_size", "calibration_steps", "seed"):
             asked, known = getattr(recipe, name), getattr(self.recipe, name)
             if asked != known:
                 raise InputError(f"{name} {asked!r}: the network was traced and its images drawn for {known!r}")

@@ -7,7 +7,7 @@ from dataclasses import Field, dataclass, field, fields
 from typing import Any, Literal
 
 from nm_lightning.compression import refine  # noqa: F401 - they register themselves
-from nm_lightning.compression.graph.trace import SCOPES
+from nm_lightning.compression.graph.trace import ATTENTION, SCOPES
 from nm_lightning.compression.methods import Merge
 from nm_lightning.compression.selection import Auto, L2Norm, Ratio
 from nm_lightning.compression.settings import (
@@ -61,6 +61,7 @@ class Recipe:
         budget: how many.
         sites: glob patterns of the layers to compress; None for all.
         scope: `hidden` for neurons inside a block, `all` for those of residual streams too.
+        attention: what goes of an attention, `heads` or `dimensions` of each.
         then: what follows, in this order.
         calibration_size: how many images to look at, at most.
         calibration_steps: of Adam on each synthetic image, towards the BatchNorms' own statistics.
@@ -73,6 +74,12 @@ class Recipe:
     sites: Sequence[str] | None = setting(None, "glob patterns of layer names (all)", auto=True)
     scope: str = setting(
         "hidden", "hidden: neurons inside a block, as in the paper; all: residual streams too", choice(*SCOPES)
+    )
+    attention: str = setting(
+        "heads",
+        "heads: fewer of them; dimensions: shorter ones, the queries' and keys' and the values', where they come of "
+        "Linear layers with nothing between",
+        choice(*ATTENTION),
     )
     then: tuple[Refinement, ...] = ()
     calibration_size: int = setting(1024, "unlabelled images to look at, drawn by seed", whole(1))

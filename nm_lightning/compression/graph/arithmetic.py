@@ -7,6 +7,7 @@ from torch import Tensor, fx, nn
 
 from nm_lightning.compression.graph.follow import Follower
 from nm_lightning.compression.graph.neurons import (
+    Product,
     along,
     compact,
     constant,
@@ -137,19 +138,22 @@ def attention(follower: Follower, call: Call) -> Tensor | None:
     if len(call.sources) < 3:
         return None
     query, key, value = call.sources[:3]
-    if call.argument("scale", 6) is None:
+    rooted = call.argument("scale", 6) is None
+    if rooted and not follower.shortens(call):
         follower.hold(query, -1, f"attention is scaled by its number{where(call.node)}")
     if query.ndim > 3 and key.shape[-3] < query.shape[-3]:
         key, value = (each.repeat_interleave(query.shape[-3] // each.shape[-3], -3) for each in (key, value))
     given = call.symbol("attn_mask", 3)
-    if isinstance(given, fx.Node) and query.ndim == 4 and follower.origins[given].ndim in (3, 4):
+    biased = isinstance(given, fx.Node) and not follower.shortens(call)
+    if biased and query.ndim == 4 and follower.origins[given].ndim in (3, 4):
         mask = follower.origins[given]
         if is_nobodys(mask) and mask.shape[-3] > 1 and not constant(query, 1):
             mask = _bind(follower, call, given, 1, mask)
         if not constant(mask, -3):  # a bias for each head
             follower.tie(shrink(query, [-2, -1]), shrink(mask, [-2, -1]), "added to an attention")
     follower.roles[call.node] = "attention is not positively homogeneous"
-    return _matmul(follower, call, _matmul(follower, call, query, key.transpose(-1, -2)), value)
+    scores = _matmul(follower, call, query, key.transpose(-1, -2), rooted)
+    return _matmul(follower, call, scores, value)
 
 
 @rule("einsum")
@@ -176,25 +180,45 @@ def einsum(follower: Follower, call: Call) -> Tensor | None:
     return contracted.flatten(len(result)).squeeze(-1) if dims else contracted
 
 
-def _matmul(follower: Follower, call: Call, first: Tensor, second: Tensor) -> Tensor:
-    """`(..., a, b) @ (..., b, c)`."""
-    return _contract(follower, call, first.unsqueeze(-1), second.unsqueeze(-3), [-2]).squeeze(-2)
+def _matmul(follower: Follower, call: Call, first: Tensor, second: Tensor, rooted: bool = False) -> Tensor:
+    """`(..., a, b) @ (..., b, c)`, divided by the root of `b` or not."""
+    return _contract(follower, call, first.unsqueeze(-1), second.unsqueeze(-3), [-2], rooted).squeeze(-2)
 
 
-def _contract(follower: Follower, call: Call, left: Tensor, right: Tensor, dims: list[int]) -> Tensor:
-    """A product summed over `dims`: what is summed stays or goes as one, with what it is multiplied by."""
+def _contract(
+    follower: Follower, call: Call, left: Tensor, right: Tensor, dims: list[int], rooted: bool = False
+) -> Tensor:
+    """A product summed over `dims`: what is summed stays or goes as one, with what it is multiplied by.
+
+    Where heads get shorter, what is summed stays or goes with what it is multiplied by, each for itself.
+    """
     left, right = torch.broadcast_tensors(left, right)
+    if len(dims) == 1 and not any(constant(factor, dims[0]) for factor in (left, right)):
+        sides = tuple(_by_heads(factor, dims[0]) for factor in (left, right))
+        follower.facts.products.append(Product(call.node, call.node.meta.get("module"), sides, rooted))
+        if follower.shortens(call):
+            follower.tie(left, right, "multiplied in a matrix product")
+            return nobody(shrink(left, dims))
     if any(varying(factor) and not varying(shrink(factor, dims)) for factor in (left, right)):  # one head: it stays
         left, right = (_summed(follower, factor, dims) for factor in (left, right))
     for factor in (left, right):
         follower.tie(factor, shrink(factor, dims), "summed over in a matrix product")
     left, right = shrink(left, dims), shrink(right, dims)
+    if follower.shortens(call) and is_nobodys(left) and len(varying(right)) > 1:
+        mixed = (_by_heads(right, varying(right)[-1]),)
+        follower.facts.products.append(Product(call.node, call.node.meta["module"], mixed))
     shape, (left, right) = left.shape, map(compact, (left, right))
     if varying(left) and varying(right) and not set(varying(left)) & set(varying(right)):  # each with each: one stays
         left, right = _one_that_stays(follower, call, left, right)
     first, second = torch.where(left == NOBODY, right, left), torch.where(right == NOBODY, left, right)
     follower.tie(first, second, "multiplied in a matrix product")
     return first.expand(shape)
+
+
+def _by_heads(neurons: Tensor, dim: int) -> Tensor:
+    """`(heads, d)`, with `d` along `dim`."""
+    neurons = neurons.movedim(dim, -1)
+    return shrink(neurons, set(range(neurons.ndim - 1)) - set(varying(neurons))).reshape(-1, neurons.shape[-1])
 
 
 def _summed(follower: Follower, factor: Tensor, dims: list[int]) -> Tensor:

@@ -1,28 +1,36 @@
 """From what was seen while following to sites: neurons tied to each other and to nothing that must stay."""
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import replace
 from math import gcd
 
 import torch
 from torch import Tensor, fx
 
+from nm_lightning.compression.graph.attention import renumbered
 from nm_lightning.compression.graph.follow import Follower
 from nm_lightning.compression.graph.neurons import Facts, components, neurons_in, owned, tied_pairs
 from nm_lightning.compression.graph.nodes import operation_at_home
 from nm_lightning.compression.graph.rules import known, taught
-from nm_lightning.compression.structure.sites import NOBODY, Consumer, Member, Site, Trace
+from nm_lightning.compression.structure.sites import NOBODY, Consumer, Member, Pair, Site, Trace
 
 # All tables here have an entry for each neuron and one more, the last, for nobody: `table[NOBODY]` is it.
 
 
-def collect(facts: Facts, followers: list[Follower]) -> Trace:
-    """The sites, and why the other layers stay."""
+def collect(facts: Facts, followers: list[Follower], pairs: Sequence[Pair] = ()) -> Trace:
+    """The sites, and why the other layers stay.
+
+    Args:
+        facts: what was seen.
+        followers: that saw it.
+        pairs: of layers that are multiplied by each other, their neurons counted over the network.
+    """
     ties = tied_pairs(facts)
     neuron = components(facts.total + 1, ties)  # what stays or goes as one
     stuck = _stuck(facts, neuron)
     runs = [part for block in facts.blocks.values() for part in (block[stuck[block]], block[~stuck[block]])]
-    chains = [torch.stack([part[:-1], part[1:]]) for part in runs]
+    chains = [torch.stack([part[:-1], part[1:]]) for part in (*runs, *facts.chains)]
     apart = [pair[:, (pair != facts.total).all(dim=0)] for pair in ties]
     component = components(facts.total + 1, apart + chains)  # what shrinks together
     reasons, coupled = _reasons(facts, ties, component), _coupled(facts, apart, component)
@@ -47,7 +55,8 @@ def collect(facts: Facts, followers: list[Follower]) -> Trace:
         number[inside] = numbers  # the site's numbering
 
         cells, unfit = _cells(facts, number, len(classes))
-        if not keys["columns"]:
+        own = [renumbered(pair, number) for pair in pairs if component[pair.neurons[0, 0]] == index]
+        if not keys["columns"] and not own:
             unfit = "no layer reads its neurons"
         elif len(classes) < 2:
             unfit = "its neurons stay or go as one"
@@ -63,7 +72,7 @@ def collect(facts: Facts, followers: list[Follower]) -> Trace:
             consumers.append(Consumer(**vars(member), norm=norm, obstacle=obstacle))
         passed = [_renumbered(facts.members[key], number) for key in keys["channels"] + keys["parameters"]]
         found.sites.append(
-            Site(producers[0].name, len(classes), producers, passed, consumers, cells, coupled=index in coupled)
+            Site(producers[0].name, len(classes), producers, passed, consumers, cells, index in coupled, own)
         )
     for site in found.sites:  # of its other neurons nothing is said
         for member in site.producers:
@@ -135,10 +144,9 @@ def _cells(facts: Facts, number: Tensor, width: int) -> tuple[Tensor, str]:
             continue  # every neuron has an equal part in each group
         if quota.reason:
             return cells, quota.reason
-        one_each = len(counts[counts > 0].unique()) == 1 and not ((counts > 0).sum(dim=1) > 1).any()
-        if not one_each or len(counts.sum(dim=0).unique()) > 1:
+        if len(counts.sum(dim=0).unique()) > 1:
             return cells, "its neurons are spread unevenly over groups"
-        group = torch.where(counts.sum(dim=1) > 0, counts.argmax(dim=1), -1)
+        _, group = counts.unique(dim=0, return_inverse=True)  # those with equally many in each group
         _, cells = torch.stack([cells, group]).unique(dim=1, return_inverse=True)
     shares = gcd(*cells.bincount().tolist())  # of each cell the same one goes
     return cells, "its groups have one neuron each, or no share in common" if shares == 1 else ""

@@ -231,6 +231,10 @@ class Follower:
             self.facts.grouped[call.name] = neurons.view(groups, -1)
             self.quota(neurons, groups)
 
+    def shortens(self, call: Call) -> bool:
+        """Whether the heads of the module whose code this is get shorter, and not fewer."""
+        return call.node.meta.get("module") in self.facts.shorter
+
     def pass_through(
         self, call: Call, slots: Slots, dim: int, counts: Counts = None, role: str = "", repeats: int = 1
     ) -> Tensor:

@@ -164,7 +164,7 @@ def pick(follower: Follower, call: Call) -> Any:
         reason = f"channels are taken by their place{where(call.node)}"
         if parts and not (along_neurons and parts == source.shape[dim]):
             follower.quota(follower.settle(source, dim), parts, reason)
-        else:
+        elif not follower.shortens(call) or dim == source.ndim - 1:  # queries, keys and values
             follower.hold(source, dim, reason)
     index = call.args[1] if len(call.args) > 1 else None
     if any(isinstance(each, Tensor) for each in (index if isinstance(index, tuple) else (index,))):
@@ -257,6 +257,8 @@ def reshape(follower: Follower, call: Call) -> Tensor:
         offset + i for i, size in enumerate(sizes) if (isinstance(size, int) and size != -1) or _fixed(follower, size)
     }
     dims = varying(result)
+    if _cut_into_heads(follower, call, result, sizes[result.ndim - 1 - offset :]):
+        return result
     free, held = [dim for dim in dims if dim not in told], [dim for dim in dims if dim in told]
     for dim in free:
         measured = _measured(follower, sizes[dim - offset]) if 0 <= dim - offset < len(sizes) else None
@@ -281,6 +283,37 @@ def reshape(follower: Follower, call: Call) -> Tensor:
     for dim in held:  # before the free ones: the same stay at each index; behind them: whole blocks stay or go
         follower.tie(result, result.narrow(dim, 0, 1).expand_as(result), f"reshaped in blocks{where(call.node)}")
     return result
+
+
+def _cut_into_heads(follower: Follower, call: Call, result: Tensor, size: list) -> bool:
+    """Whether it lays heads side by side that get shorter: equally many of each one's last dimensions stay.
+
+    Args:
+        follower: who follows.
+        call: the reshape.
+        result: its neurons.
+        size: that of the last dimension as the user's code gives it; empty where it does not.
+    """
+    owner, last = call.node.meta.get("module"), result.ndim - 1
+    key = (owner, f"channels at {call.node.name}")
+    before, dims = follower.before.get(key), varying(result)
+    if not follower.shortens(call) or (before is None and (len(dims) < 2 or dims[-1] != last)):
+        return False
+    heads = shrink(result, set(range(last)) - set(dims)).reshape(-1, result.shape[last])
+    follower.quota(heads.flatten(), len(heads))
+    names = [name for name in _attributes(follower, call, heads.shape[1]) if not name.endswith("heads")]
+    told = bool(size) and isinstance(size[0], int) and size[0] != -1
+    if bool(size) and before is None and ((told and not names) or isinstance(size[0], fx.Node)):
+        follower.freeze(result, f"reshaped to heads whose length is a number{where(call.node)}")
+    names = ([*before.counts] if before is not None else names) if told else []
+    follower.see(call, Member(owner, "channels", [], dict.fromkeys(names, 1), heads[0]), f" at {call.node.name}")
+    for name in names:  # one number for all
+        first = follower.facts.axes.setdefault((owner, name), heads.flatten())
+        if not torch.equal(first, heads.flatten()):
+            together = torch.cat([first, heads.flatten()])
+            follower.quota(together, 2)
+            follower.facts.chains.append(together)
+    return True
 
 
 def _fixed(follower: Follower, size: Any) -> bool:

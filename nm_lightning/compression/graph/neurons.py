@@ -5,7 +5,7 @@ its value's shape, mostly expanded from few numbers, and the functions here take
 """
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -40,6 +40,23 @@ class Quota:
 
 
 @dataclass
+class Product:
+    """Neurons that meet head by head in a product, or that it mixes; by `(heads, d)` neurons of each.
+
+    Attributes:
+        node: the product.
+        module: whose code this is.
+        sides: queries and keys, or values alone.
+        rooted: whether it is divided by the root of `d`.
+    """
+
+    node: fx.Node
+    module: str
+    sides: tuple[Tensor, ...]
+    rooted: bool = False
+
+
+@dataclass
 class Facts:
     """All that was seen while following, over one graph or several of the same network."""
 
@@ -55,6 +72,9 @@ class Facts:
     shapes: dict[str, torch.Size] = field(default_factory=dict)  # what layers with a forward of their own read
     grouped: dict[str, Tensor] = field(default_factory=dict)  # layer -> the neurons that each of its groups reads
     as_one: set[str] = field(default_factory=set)  # grouped layers of which whole groups stay or go
+    shorter: Set[str] = frozenset()  # modules whose heads get shorter; others' get fewer
+    products: list[Product] = field(default_factory=list)
+    chains: list[Tensor] = field(default_factory=list)  # neurons `(n,)` that shrink together
     total: int = 0
 
     def copy(self) -> "Facts":

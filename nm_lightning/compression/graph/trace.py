@@ -2,10 +2,12 @@
 
 import copy
 import traceback
+from collections.abc import Set
 
 import torch
 from torch import nn
 
+from nm_lightning.compression.graph.attention import find_pairs, modules_with_heads, turned
 from nm_lightning.compression.graph.collect import collect
 from nm_lightning.compression.graph.follow import Follower
 from nm_lightning.compression.graph.neurons import Facts, groups_as_one, owned
@@ -17,9 +19,10 @@ from nm_lightning.compression.structure.sites import Trace
 from nm_lightning.errors import InputError, first_line
 
 SCOPES = ("hidden", "all")
+ATTENTION = ("heads", "dimensions")
 
 
-def trace(model: nn.Module, example_input: Inputs, scope: str = "hidden") -> Trace:
+def trace(model: nn.Module, example_input: Inputs, scope: str = "hidden", attention: str = "heads") -> Trace:
     """Find every site of a network.
 
     Args:
@@ -27,6 +30,7 @@ def trace(model: nn.Module, example_input: Inputs, scope: str = "hidden") -> Tra
         example_input: a batch that `model` accepts: a tensor, a tuple of inputs, or a dictionary of inputs by name.
             Only shapes and dtypes matter.
         scope: `hidden` for neurons inside a block, `all` for residual streams too.
+        attention: `heads` for fewer of them; `dimensions` for shorter ones where they can be turned, see `Pair`.
 
     Returns:
         The sites, and the layers that can't be compressed with the reason why.
@@ -40,9 +44,24 @@ def trace(model: nn.Module, example_input: Inputs, scope: str = "hidden") -> Tra
     """
     if scope not in SCOPES:
         raise InputError(f"unknown scope {scope!r}: choose from {', '.join(SCOPES)}")
+    if attention not in ATTENTION:
+        raise InputError(f"unknown attention {attention!r}: choose from {', '.join(ATTENTION)}")
     check_inputs(example_input)
     check_network(model)
-    hollow, example, facts, followers = _attempt(model, example_input)
+    found, facts, shorter = _find(model, example_input, scope, frozenset())
+    if attention == "dimensions":
+        shorter = modules_with_heads(facts)
+        while shorter:
+            other, _, turned = _find(model, example_input, scope, shorter)
+            if turned == shorter:
+                return other
+            shorter = shorter & turned
+    return found
+
+
+def _find(model: nn.Module, example_input: Inputs, scope: str, shorter: Set[str]) -> tuple[Trace, Facts, Set[str]]:
+    """What is found if the heads of some modules get shorter, and those of them where that works."""
+    hollow, example, facts, followers = _attempt(model, example_input, shorter)
     seen = {tensor for member in facts.members.values() for tensor, _ in member.slots}
     if any(name not in seen for name, _ in hollow.named_parameters()):  # auxiliary heads exist only in training
         try:
@@ -58,14 +77,15 @@ def trace(model: nn.Module, example_input: Inputs, scope: str = "hidden") -> Tra
         read = [tensor for tensor, _ in member.slots if tensor in facts.bare - facts.parameters]
         if read:
             facts.frozen.append((owned(member.owner), f"{read[0]} is also read outside its layer"))
-    found = collect(facts, followers)
+    found = collect(facts, followers, find_pairs(followers[0], facts))
     try_out(model, hollow, example, facts, found)
     if scope == "hidden":
         _leave_coupled(found)
-    return found
+    pairs = [pair for site in found.sites if not site.coupled for pair in site.pairs]
+    return found, facts, turned(pairs, facts, followers[0])
 
 
-def _attempt(model: nn.Module, given: Inputs) -> tuple[nn.Module, Inputs, Facts, list[Follower]]:
+def _attempt(model: nn.Module, given: Inputs, shorter: Set[str]) -> tuple[nn.Module, Inputs, Facts, list[Follower]]:
     """The first way to run the network that works, and what following it told: without data, on two images.
 
     What depends on the data of a buffer runs with data; what reads its images in groups runs on all that were given.
@@ -74,11 +94,11 @@ def _attempt(model: nn.Module, given: Inputs) -> tuple[nn.Module, Inputs, Facts,
     for make in (without_data, with_data):
         hollow = make(model).eval()
         for example in (first(given, 2), given):
-            facts, example = Facts(), like(example, hollow)
+            facts, example = Facts(shorter=shorter), like(example, hollow)
             try:
                 follower = _follow(hollow, example, facts)
                 while groups := groups_as_one(facts):  # which those before them did not know yet
-                    facts = Facts(as_one=facts.as_one | groups)
+                    facts = Facts(as_one=facts.as_one | groups, shorter=shorter)
                     follower = _follow(hollow, example, facts)
                 return hollow, example, facts, [follower]
             except InputError as error:

@@ -78,7 +78,7 @@ def _faults(
 ) -> dict[int, str]:
     """The numbers of the sites where the narrow network goes wrong, `UNKNOWN` for any, each with what is wrong."""
     given = {key: block[stays[block]] for key, block in facts.blocks.items()}
-    seen = Facts(as_one=facts.as_one)
+    seen = Facts(as_one=facts.as_one, shorter=facts.shorter)
     follower = Follower(narrow, seen, given, facts.members)
     try:
         follower.run(example)

@@ -17,6 +17,9 @@ def by_channel(subject: Subject, keeps: Mapping[str, Tensor], ridge: float, meth
     found = Decomposition.pruned(subject.sites, keeps, method)
     sites = []
     for site, row, _ in found.shrinking(subject.sites):
+        if not site.consumers:
+            row.note = "pruned, not reconstructed: no layer reads it"
+            continue
         first = site.consumers[0]
         readable = isinstance(subject.layers.get(first.name), SOLVABLE)
         if readable and all(consumer.groups == 1 and consumer.even(site.width) for consumer in site.consumers):

@@ -61,6 +61,8 @@ class Merge(Method):
                 if key not in matrices:
                     matrices[key] = self.matrix(site, consumer, keep, subject)
                 found.scalings.append(Scaling(consumer, keep, matrices[key], multiply))
+            if not site.consumers:
+                row.note = "pruned, not merged: no layer reads its neurons, which are multiplied by each other"
             _count(row, matrices, keep)
         return found
 

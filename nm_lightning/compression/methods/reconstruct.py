@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from nm_lightning.compression.graph import shapes_of
+from nm_lightning.compression.methods.attention import turned
 from nm_lightning.compression.methods.channel import by_channel
 from nm_lightning.compression.settings import Method, choice, number, setting
 from nm_lightning.compression.statistics.joins import Join, find_join, rectified_gap
@@ -37,7 +38,7 @@ from nm_lightning.compression.statistics.runs import (
     without_in_place,
 )
 from nm_lightning.compression.statistics.subject import Subject
-from nm_lightning.compression.structure.columns import add_columns, add_constant, silence
+from nm_lightning.compression.structure.columns import add_columns, add_constant, silence, silence_rows
 from nm_lightning.compression.structure.copies import evaluated, with_data
 from nm_lightning.compression.structure.decomposition import Decomposition
 from nm_lightning.compression.structure.inputs import Inputs, length, tensors_in
@@ -74,7 +75,8 @@ class Reconstruct(Method):
             return by_channel(subject, keeps, ridge, self.name)
         found = Decomposition.pruned(subject.sites, keeps, self.name)
         shrinking = found.shrinking(subject.sites)
-        original = evaluated(subject.model)
+        before = named_tensors(evaluated(subject.model))
+        original = turned(subject, [site for site, _, _ in shrinking], keeps)
         solved = with_data(original)
         sites = [site for site, _, _ in shrinking]
         errors, refused = reconstruct(original, solved, sites, keeps, subject.batches, ridge, ranks=subject.ranks)
@@ -82,7 +84,6 @@ class Reconstruct(Method):
             names = [consumer.name for consumer in site.consumers]
             row.error = max((errors[name] for name in names if name in errors), default=None)
             row.note = next((f"pruned, not reconstructed: {refused[name]}" for name in names if name in refused), "")
-        before = named_tensors(original)
         for name, value in named_tensors(solved).items():
             if name not in before:
                 found.biases[name.removesuffix(".bias")] = value.detach()
@@ -154,8 +155,10 @@ def reconstruct(
                 refused[consumer.name] = f"{consumer.name} or its weight is used several times"
             else:
                 columns[consumer.name] = columns.get(consumer.name, True) & stays
+        silence_rows(tensors, site, keeps[site.name])
     rows = channels_that_stay(sites, keeps, dict(original.named_modules()))
-    tasks = find_tasks(graph, original, columns, rows, refused, again)
+    cut = {pair.maker for site in sites for pair in site.pairs}
+    tasks = find_tasks(graph, original, columns, rows, refused, again, cut)
     switched = without_in_place(graph, original, wide)
     wanted, found = Run(original, graph, batches), Run(wide, graph, batches)
     found.norms = narrow_norms(original, sites, keeps)
@@ -179,8 +182,12 @@ def find_tasks(
     rows: Mapping[str, Tensor],
     refused: Mapping[str, str],
     again: Set[str],
+    cut: Set[str] = frozenset(),
 ) -> list[Task]:
-    """The layers to solve, in the order of execution: those that lost columns, and all that read what they changed."""
+    """The layers to solve, in the order of execution: those that lost columns, and all that read what they changed.
+
+    And all that read what those of `cut` say, which lost rows that no layer reads.
+    """
     tasks, changed = [], set()
     for node in graph.nodes:
         if any(source in changed for source in node.all_input_nodes):
@@ -197,6 +204,8 @@ def find_tasks(
                 every = torch.ones(width, dtype=torch.bool)
                 made = rows.get(node.target, torch.ones(len(layer.weight), dtype=torch.bool))
                 tasks.append(Task(node, node.target, every if stays is None else stays, made))
+        if node.target in cut:
+            changed.add(node)
     return tasks
 
 

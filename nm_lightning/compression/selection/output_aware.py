@@ -222,7 +222,9 @@ def watch(
     Sites with a consumer that can't be solved have no entries. The labels are drawn from the network's predictions.
     """
     layers = dict(model.named_modules())
-    fit = [site for site in sites if all(_fits(site, consumer, layers) for consumer in site.consumers)]
+    fit = [
+        site for site in sites if site.consumers and all(_fits(site, consumer, layers) for consumer in site.consumers)
+    ]
     watches = {consumer.name: Watch(layers[consumer.name]) for site in fit for consumer in site.consumers}
     wanting = [parameter for parameter in model.parameters() if parameter.requires_grad]
     device = tensors_in(batches[0])[0].device
@@ -266,7 +268,7 @@ def choose_by_output(
     """
     keeps, counting = {}, {name: torch.ones(len(each.layer.weight)) for name, each in watches.items()}
     for site in reversed(sites):
-        if all(consumer.name in watches for consumer in site.consumers):
+        if site.consumers and all(consumer.name in watches for consumer in site.consumers):
             gone_at, _ = eliminate(_problems(site, watches, counting, ridge), counts[site.name], site.cells)
             keeps[site.name] = site.survivors(gone_at.double(), counts[site.name])
             for member in site.producers:
@@ -282,7 +284,7 @@ def costs_of(sites: Sequence[Site], watches: Mapping[str, Watch], ridge: float =
     """
     costs, counting = {}, {name: torch.ones(len(each.layer.weight)) for name, each in watches.items()}
     for site in sites:
-        if all(consumer.name in watches for consumer in site.consumers):
+        if site.consumers and all(consumer.name in watches for consumer in site.consumers):
             _, each = eliminate(_problems(site, watches, counting, ridge), site.step, site.cells)
             costs[site.name] = each.double() / 2
     return costs

@@ -17,9 +17,9 @@ from torch import Tensor, fx, nn
 from nm_lightning.compression.graph.tracer import TORCH, graph_of, leaves_of
 from nm_lightning.compression.statistics.runs import channels_that_stay, narrow_norms
 from nm_lightning.compression.statistics.subject import Subject
-from nm_lightning.compression.structure.columns import silence
+from nm_lightning.compression.structure.columns import rows_of, silence, silence_rows
 from nm_lightning.compression.structure.copies import duplicate, evaluated, with_data
-from nm_lightning.compression.structure.decomposition import Decomposition, narrow
+from nm_lightning.compression.structure.decomposition import Decomposition, narrow, roots_of
 from nm_lightning.compression.structure.inputs import Inputs, call, clone, dtype_of, length, shapes, tensors_in, to
 from nm_lightning.compression.structure.operations import SOLVABLE, TRANSPOSED
 from nm_lightning.compression.structure.plan import Plan, named_tensors, replace_tensors
@@ -139,12 +139,12 @@ def difference(
     small = _ready(duplicate(narrowed))
     wide = _ready(masked(subject.model, sites, keeps, small))
     layers = {name for name, layer in subject.layers.items() if isinstance(layer, (*SOLVABLE, *TRANSPOSED))}
-    rows = channels_that_stay(sites, keeps, layers)
+    rows, roots = channels_that_stay(sites, keeps, layers), roots_of(sites, keeps, subject.layers)
     try:
-        apart, place = _apart(small, wide, inputs, rows)
+        apart, place = _apart(small, wide, inputs, rows, roots)
         close = CLOSER if dtype_of(inputs) == torch.float64 else CLOSE
         if apart > close:
-            apart, place, close = _exactly(small, wide, inputs, rows) or (apart, place, FALLBACK)
+            apart, place, close = _exactly(small, wide, inputs, rows, roots) or (apart, place, FALLBACK)
     except Refused:
         raise
     except Exception as error:  # whatever the user's forward raises where its numbers no longer fit
@@ -180,12 +180,12 @@ def lines_before(graph: fx.Graph, place: str, model: nn.Module) -> list[str]:
 
 
 def _exactly(
-    small: nn.Module, wide: nn.Module, inputs: Inputs, rows: Mapping[str, Tensor]
+    small: nn.Module, wide: nn.Module, inputs: Inputs, rows: Mapping[str, Tensor], roots: Mapping[str, Tensor]
 ) -> tuple[float, str, float] | None:
     """The same in float64, and how close it must be; None where a forward has a dtype of its own."""
     try:
         exact = to(inputs, dtype=torch.float64)
-        return (*_apart(*(with_data(each).double() for each in (small, wide)), exact, rows), CLOSER)
+        return (*_apart(*(with_data(each).double() for each in (small, wide)), exact, rows, roots), CLOSER)
     except Exception:
         return None
 
@@ -198,10 +198,12 @@ def masked(model: nn.Module, sites: Sequence[Site], keeps: Mapping[str, Tensor],
     result = duplicate(model)
     tensors = named_tensors(result)
     names = {consumer.slots[0][0] for site in sites for consumer in site.consumers}
+    names |= {name for site in sites for pair in site.pairs for name in rows_of(pair.maker, tensors)}
     values = {name: tensors[name].detach().clone() for name in names}
     for site in sites:
         for consumer in site.consumers:
             silence(values, consumer, consumer.stays(keeps[site.name]))
+        silence_rows(values, site, keeps[site.name])
     replace_tensors(result, values)
     norms = narrow_norms(model, sites, keeps, small)
     wide = {id(result.get_submodule(name)): norm for name, norm in norms.items()}
@@ -242,14 +244,18 @@ def said(model: nn.Module, inputs: Inputs, hear: Callable[[str, Tensor, int], No
             hear(OUTPUT, leaf, -1)
 
 
-def _apart(small: nn.Module, wide: nn.Module, inputs: Inputs, rows: Mapping[str, Tensor]) -> tuple[float, str]:
+def _apart(
+    small: nn.Module, wide: nn.Module, inputs: Inputs, rows: Mapping[str, Tensor], roots: Mapping[str, Tensor]
+) -> tuple[float, str]:
     """The largest difference as a share of each tensor's scale, and where the first of that kind is.
 
-    Infinite if shapes, calls or what is not finite differ.
+    Infinite if shapes, calls or what is not finite differ. `rows` of the wide network's layers stay, `roots` are the
+    narrow one's queries' factors.
     """
     wanted: list[tuple[str, Tensor]] = []
 
     def note(name: str, value: Tensor, axis: int) -> None:
+        value = value * roots[name].to(value) if name in roots else value
         stays = rows.get(name)
         whole = stays is None or len(stays) != value.shape[axis]
         own = value.clone() if whole else value.index_select(axis, stays.nonzero().flatten().to(value.device))

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from nm_lightning.compression.structure.sites import Consumer
+from nm_lightning.compression.structure.sites import Consumer, Site
 
 
 def absorb(weight: Tensor, positions: Tensor, scaling: Tensor, keep: Tensor | None = None, groups: int = 1) -> Tensor:
@@ -56,6 +56,19 @@ def silence(tensors: Mapping[str, Tensor], consumer: Consumer, stays: Tensor) ->
     weight = tensors[name].movedim(dim, 1)
     for part, own in zip(weight.chunk(consumer.groups), stays.chunk(consumer.groups), strict=True):
         part[:, ~own.to(weight.device)] = 0
+
+
+def silence_rows(tensors: Mapping[str, Tensor], site: Site, keep: Tensor) -> None:
+    """Zero the queries whose neurons are not among the survivors `(k,)`, in place: their products say nothing then."""
+    for pair in site.pairs:
+        if pair.dim == 0:
+            for tensor in (tensors[name] for name in rows_of(pair.maker, tensors)):
+                tensor[pair.gone(keep).to(tensor.device)] = 0
+
+
+def rows_of(layer: str, tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names of a Linear layer's weight, and of its bias if it has one."""
+    return [name for name in (f"{layer}.weight", f"{layer}.bias") if name in tensors]
 
 
 def add_columns(weight: Tensor, stays: Tensor, change: Tensor, groups: int) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nm_lightning.compression.report import SiteReport
-from nm_lightning.compression.structure.columns import absorb, put
+from nm_lightning.compression.structure.columns import absorb, put, rows_of
 from nm_lightning.compression.structure.copies import duplicate, own_tensors
 from nm_lightning.compression.structure.plan import Plan, apply_plan, named_tensors, plan_sites, replace_tensors
 from nm_lightning.compression.structure.sites import Consumer, Site
@@ -106,6 +106,12 @@ def narrow(model: nn.Module, sites: Sequence[Site], decomposition: Decomposition
         plan.setdefault("biases", {})[name] = len(value)
         rows = [step for step in plan["slices"].get(f"{name}.weight", []) if step[0] == 0]
         plan["slices"] |= {f"{name}.bias": rows} if rows else {}  # it shrinks with the layer's rows
+    for name, factor in roots_of(sites, decomposition.keeps, dict(result.named_modules())).items():
+        tensors = named_tensors(result)
+        queries = {own: tensors[own].detach() for own in rows_of(name, tensors)}
+        replace_tensors(
+            result, {own: (value.movedim(0, -1) * factor.to(value)).movedim(-1, 0) for own, value in queries.items()}
+        )
     scalings = defaultdict(list)
     for scaling in decomposition.scalings:
         scalings[scaling.consumer.slots[0]].append(scaling)
@@ -118,6 +124,20 @@ def narrow(model: nn.Module, sites: Sequence[Site], decomposition: Decomposition
     apply_plan(result, plan, filled)
     own_tensors(result, originals)
     return result, plan
+
+
+def roots_of(sites: Sequence[Site], keeps: Mapping[str, Tensor], layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """By layer, the factor of each row `(out,)` of a narrow network's: 1, but for the queries of some attentions.
+
+    These are divided by the root of their dimensions, which is counted as the network runs, so they make up for it.
+    """
+    factors: dict[str, Tensor] = {}
+    for site in sites:
+        share = len(keeps[site.name]) / site.width
+        for pair in site.pairs:
+            if pair.rooted and share < 1:
+                factors.setdefault(pair.maker, torch.ones(len(layers[pair.maker].weight)))[pair.rows] = share**0.5
+    return factors
 
 
 @torch.no_grad()

@@ -68,6 +68,39 @@ class Consumer(Member):
 
 
 @dataclass
+class Pair:
+    """Two Linear layers whose outputs, or whose output and input, are multiplied head by head, with nothing between.
+
+    Any invertible map of a head on the one side with its inverse on the other leaves the network as it is.
+
+    Attributes:
+        module: whose code multiplies.
+        neurons: `(heads, d)`, the site's neurons.
+        maker: the layer of the queries or values.
+        rows: `(heads, d)`, its rows.
+        other: the layer of the keys, or the one that reads the values that attention has mixed.
+        places: `(heads, d)`, its rows, or its columns.
+        dim: of its weight: 0 for rows, 1 for columns.
+        rooted: whether the product is divided by the root of `d`, which is counted as the network runs.
+        centred: whether a softmax over the keys follows, which ignores what they have in common.
+    """
+
+    module: str
+    neurons: Tensor
+    maker: str
+    rows: Tensor
+    other: str
+    places: Tensor
+    dim: int
+    rooted: bool = False
+    centred: bool = False
+
+    def gone(self, keep: Tensor) -> Tensor:
+        """The maker's rows whose neurons are not among `keep` `(k,)`."""
+        return self.rows[~torch.isin(self.neurons, keep)]
+
+
+@dataclass
 class Site:
     """Neurons that can shrink together.
 
@@ -79,6 +112,7 @@ class Site:
         consumers: the layers that read the neurons.
         cells: `(width,)`, the cell of each neuron; the same share must stay of each.
         coupled: whether the producers are added together, as along a residual stream.
+        pairs: of layers that make or read the dimensions of an attention's heads.
     """
 
     name: str
@@ -88,6 +122,7 @@ class Site:
     consumers: list[Consumer]
     cells: Tensor
     coupled: bool = False
+    pairs: list[Pair] = field(default_factory=list)
 
     @property
     def step(self) -> int:
