@@ -156,7 +156,8 @@ def reconstruct(
             else:
                 columns[consumer.name] = columns.get(consumer.name, True) & stays
         silence_rows(tensors, site, keeps[site.name])
-    rows = channels_that_stay(sites, keeps, dict(original.named_modules()))
+    solvable = {name for name, layer in original.named_modules() if isinstance(layer, SOLVABLE)}
+    rows = channels_that_stay(sites, keeps, solvable)
     cut = {pair.maker for site in sites for pair in site.pairs}
     tasks = find_tasks(graph, original, columns, rows, refused, again, cut)
     switched = without_in_place(graph, original, wide)

@@ -249,7 +249,7 @@ def channels_that_stay(
     found: dict[str, Tensor] = {}
     for site in sites:
         for member in (*site.producers, *site.passed):
-            if member.slots and member.name in layers:
+            if member.name in layers:
                 found[member.name] = found.get(member.name, True) & member.stays(keeps[site.name])
     return found
 

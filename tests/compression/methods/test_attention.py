@@ -188,9 +188,8 @@ def test_saved_and_loaded_with_the_same_bits(tmp_path):
     assert torch.equal(nm_lightning.load(tmp_path / "small.ckpt", into=other).eval()(x), result.model(x))
 
 
-@pytest.mark.parametrize("kind", ["fused", "rotary"])
-def test_whole_heads_are_reconstructed(kind):
-    model, x = make(kind)
-    small = compress(model, x[:2], "reconstruct", ratio=0.34, calibration=x).model
-    pruned = compress(model, x[:2], "prune", ratio=0.34).model
+def test_whole_heads_are_reconstructed():
+    model, x = make()
+    small = compress(model, x[:2], "reconstruct", ratio=0.3, calibration=x).model
+    pruned = compress(model, x[:2], "prune", ratio=0.3).model
     assert small.num_heads == 2 and (small(x) - model(x)).norm() < 0.5 * (pruned(x) - model(x)).norm()
