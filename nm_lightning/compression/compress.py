@@ -12,10 +12,10 @@ from nm_lightning.compression.recipe import Recipe
 from nm_lightning.compression.report import Report
 from nm_lightning.compression.selection import Auto, L2Norm, OutputAware
 from nm_lightning.compression.selection.budgets import choose
-from nm_lightning.compression.selection.output_aware import divergence
 from nm_lightning.compression.settings import Budget, Criterion, Method, Refinement
 from nm_lightning.compression.statistics.adapted import given_back
 from nm_lightning.compression.statistics.calibration import Calibration
+from nm_lightning.compression.statistics.predictions import divergence
 from nm_lightning.compression.statistics.proof import prove
 from nm_lightning.compression.statistics.ranks import Ranks
 from nm_lightning.compression.statistics.subject import Subject
@@ -130,8 +130,7 @@ class Compressor:
         found, remarks = self._follow(replace(asked, then=())), []
         if recipe.method.looks and subject.calibration.telling:
             try:
-                lost = divergence(found.model, subject, subject.batches[-max(1, len(subject.batches) // 4) :])
-                if not lost <= FAR:
+                if not divergence(found.model, subject) <= FAR:
                     found = self._follow(replace(recipe, criterion=OutputAware()), found)
                     return replace(found, recipe=recipe)
             except InputError as error:

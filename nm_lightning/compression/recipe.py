@@ -31,8 +31,8 @@ from nm_lightning.errors import InputError
 
 EFFORTS: dict[str, dict[str, Any]] = {
     "fast": {"method": "merge", "criterion": "l2-norm"},
-    "normal": {"method": "reconstruct", "criterion": "output"},
-    "best": {"method": "reconstruct", "criterion": "output", "spread": "cost", "refit": 2},
+    "normal": {"method": "reconstruct", "criterion": "output", "attention": "dimensions"},
+    "best": {"method": "reconstruct", "criterion": "output", "attention": "dimensions", "spread": "cost", "refit": 2},
 }
 
 
@@ -42,8 +42,8 @@ class Effort:
 
     effort: str = setting(
         None,
-        "instead of method and criterion: fast (merge, no images), normal (reconstruct, output), best (widths by cost "
-        "and refit, too)",
+        "instead of method and criterion: fast (merge, no images), normal (reconstruct, output, heads by dimensions), "
+        "best (widths by cost and refit, too)",
         choice(*EFFORTS),
         off=None,
     )

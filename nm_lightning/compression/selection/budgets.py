@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nm_lightning.compression.methods import Reconstruct
+from nm_lightning.compression.selection.criteria import L2Norm
 from nm_lightning.compression.selection.output_aware import choose_by_output, closest, costs_of, watched
 from nm_lightning.compression.settings import Budget, Values, choice, is_number, setting, whole
 from nm_lightning.compression.statistics.subject import Subject
@@ -100,10 +101,14 @@ class Ratio(Budget):
             return even
         size, seen = sized(subject, Macs.measured), watched(subject)
         share = size(even) / size({site.name: site.width for site in subject.sites})
-        shared = share_cut(subject.sites, costs_of(subject.sites, seen), size, share, self.round_to)
+        shared = share_cut(subject.sites, costs_of(subject.sites, seen), size, share, self.round_to, even)
         widths = {"cost": shared, "even": even}
-        choices = {name: choose_by_output(subject.sites, counts, seen) for name, counts in widths.items()}
-        return widths[closest(choices, subject, Reconstruct(), "spread")]
+        method, norm = Reconstruct(), L2Norm()
+        choices = {
+            name: norm.choose(subject, counts, method) | choose_by_output(subject.sites, counts, seen)
+            for name, counts in widths.items()
+        }
+        return widths[closest(choices, subject, method, "spread")]
 
     def _evenly(self, subject: Subject) -> dict[str, int]:
         rounded = self.rounding if callable(self.rounding) else ROUNDINGS[self.rounding]
@@ -322,6 +327,7 @@ def share_cut(
     size: Callable[[Mapping[str, int]], float],
     target: float,
     round_to: int = 1,
+    others: Mapping[str, int] | None = None,
 ) -> dict[str, int]:
     """Widths that bring a network to a share of its size where it costs least.
 
@@ -329,11 +335,12 @@ def share_cut(
     price of what goes with it. The price is found by bisection.
 
     Args:
-        sites: the sites; those without costs keep their width.
+        sites: the sites.
         costs: by site, what each further removal costs, `(n - step,)`; a cheaper one behind a dearer one costs as much.
         size: of a network with given widths.
         target: share of the size that may stay, in (0, 1).
         round_to: see `multiple`.
+        others: the widths of sites without costs; by default these keep theirs.
 
     Returns:
         The largest widths found that meet the target.
@@ -351,7 +358,8 @@ def share_cut(
     def widths(price: float) -> dict[str, int]:
         cut = {name: int((each <= price).sum()) for name, each in prices.items()}
         cut = {site.name: cut.get(site.name, 0) // site.step * site.step for site in sites}
-        return {site.name: multiple(site, site.width - cut[site.name], round_to) for site in sites}
+        found = {site.name: multiple(site, site.width - cut[site.name], round_to) for site in sites}
+        return found | {name: width for name, width in (others or {}).items() if name not in costs}
 
     every = torch.cat([torch.zeros(1, dtype=torch.double), *prices.values()]).unique()
     if size(widths(float(every[-1]))) > target * whole:

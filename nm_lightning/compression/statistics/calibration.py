@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from nm_lightning.batches import inputs_and_labels, read
 from nm_lightning.compression.settings import whole
-from nm_lightning.compression.statistics.matched import can_match, made
+from nm_lightning.compression.statistics.matched import are_photos, can_match, made
 from nm_lightning.compression.statistics.ranks import ALONE, Ranks
 from nm_lightning.compression.statistics.synthetic import SYNTHETIC, Synthetic
 from nm_lightning.compression.structure.copies import evaluated
@@ -106,6 +106,11 @@ class Calibration:
         five points worse.
         """
         return not self.synthetic or can_match(self.model, self.steps)
+
+    @property
+    def drawn(self) -> bool:
+        """Whether a program draws its images, and does not cut them out of photographs."""
+        return self.synthetic and not are_photos(self.example.shape[1:])
 
     @property
     def gathered(self) -> bool:

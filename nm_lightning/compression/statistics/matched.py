@@ -56,8 +56,7 @@ def made(
             key.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
 
     def make() -> Tensor:
-        photos = shape[0] in (1, 3) and min(shape[1:]) >= PHOTO
-        starts = (crops if photos else dead_leaves)(-(-size // 2), shape, seed)
+        starts = (crops if are_photos(shape) else dead_leaves)(-(-size // 2), shape, seed)
         moved = match(model, asked, starts.to(example.device), steps)
         return to_bytes(torch.cat([moved, moved.flip(-1)])[:size].cpu())
 
@@ -67,6 +66,11 @@ def made(
 def to_bytes(images: Tensor) -> Tensor:
     """uint8 of floats in [0, 1]."""
     return images.mul(255).round().byte()
+
+
+def are_photos(shape: Sequence[int]) -> bool:
+    """Whether images `(C, H, W)` are made of crops of photographs."""
+    return shape[0] in (1, 3) and min(shape[1:]) >= PHOTO
 
 
 def can_match(model: nn.Module | None, steps: int) -> bool:

@@ -339,3 +339,17 @@ def test_a_published_checkpoint(published, fashion_mnist, tmp_path):
     assert row["accuracy"] > 0.86
     assert row["recipe"]["then"] == [{"name": "refit", "rounds": 4}] and report["calibration_size"] == 1024
     assert all(0 < site["error"] < 0.1 for site in row["sites"])
+
+
+@pytest.mark.parametrize("gains", [True, False])
+def test_a_refit_that_leads_away_from_the_original_is_left_away(gains, monkeypatch):
+    nats = iter([0.2, 0.1] if gains else [0.1, 0.2])  # without, with
+    monkeypatch.setattr(refitting, "divergence", lambda *given: next(nats))
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(64, 4)
+    plain, refit_ = (compress(model, x[:1], "prune", ratio=0.5, calibration=x, refit=rounds) for rounds in (0, 1))
+    same = all(torch.equal(own, refit_.model.state_dict()[name]) for name, own in plain.model.state_dict().items())
+    assert same != gains
+    assert refit_.report.notes == (
+        [] if gains else ["refit left away: 0.2 nats an image from the original, 0.1 without"]
+    )

@@ -62,6 +62,16 @@ def test_spread_by_cost_takes_as_many_macs_where_they_cost_nothing():
     assert torch.equal(whole.model(x), model(x))
 
 
+def test_spread_by_cost_leaves_to_the_norm_what_output_can_not_look_into():
+    """A grouped convolution reads the first layer's neurons."""
+    torch.manual_seed(0)
+    grouped = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=2), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.Flatten()]
+    model, x = nn.Sequential(*grouped, nn.Linear(24, 5)).eval(), torch.randn(32, 3, 8, 8)
+    result = compress(model, x[:1], "reconstruct", ratio=0.5, spread="cost", calibration=x)
+    assert set(result.report.widths) == {"0", "2", "4"}
+    assert cost(result.model, x[:1]).macs < cost(model, x[:1]).macs
+
+
 def test_a_target_of_latency_is_met_by_the_clock(monkeypatch):
     """A clock that counts multiply-accumulates gives the widths that a target of these gives."""
     model, x = copied_neurons(), images(64)

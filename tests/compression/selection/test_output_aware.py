@@ -118,7 +118,7 @@ def test_by_default_the_norm_chooses_where_output_can_not_look():
 
 
 @pytest.mark.parametrize(("nats", "chosen"), [(0.5, "output"), (0.9, "l2-norm"), (1.1, "l2-norm")])
-def test_on_synthetic_images_only_a_clear_gain_counts(nats, chosen, monkeypatch):
+def test_on_drawn_images_only_a_clear_gain_counts(nats, chosen, monkeypatch):
     lost = iter([nats, 1.0])  # of output, of the norm
     monkeypatch.setattr(output_aware, "divergence", lambda *given: next(lost))
     torch.manual_seed(0)
