@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import fx
 
+from nm_lightning.compression.graph.frames import users_frame
+
 
 class _Number:
     """What `Whole` and `Real` share.
@@ -86,7 +88,7 @@ def _arithmetic(function: Any, reflected: bool = False) -> Any:
 
 def _comparison(function: Any) -> Any:
     def method(self: _Number, other: Any) -> Any:
-        self.recorder.compared.append((self, other, self.recorder.stack[-1] if self.recorder.stack else ""))
+        self.recorder.compared.append((self, other, self.recorder.whose_code(users_frame())))
         return function(self.number, plain_number(other))
 
     return method

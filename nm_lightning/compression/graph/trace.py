@@ -10,8 +10,8 @@ from torch import nn
 from nm_lightning.compression.graph.attention import find_pairs, modules_with_heads, turned
 from nm_lightning.compression.graph.collect import collect
 from nm_lightning.compression.graph.follow import Follower
+from nm_lightning.compression.graph.frames import HERE, TORCH
 from nm_lightning.compression.graph.neurons import Facts, groups_as_one, owned
-from nm_lightning.compression.graph.tracer import HERE, TORCH
 from nm_lightning.compression.graph.trial import try_out
 from nm_lightning.compression.structure.copies import check_network, with_data, without_data
 from nm_lightning.compression.structure.inputs import Inputs, check_inputs, first, like, repeated, shapes, tensors_in

@@ -9,11 +9,10 @@ activation can decide nothing.
 import builtins
 import inspect
 import operator
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 from torch.utils import _pytree as pytree
 
+from nm_lightning.compression.graph.frames import line_of, users_frame, users_line
 from nm_lightning.compression.graph.nodes import in_place
 from nm_lightning.compression.graph.numbers import Whole, numbered
 from nm_lightning.compression.graph.rules import RULES, plain, taught
@@ -29,9 +29,6 @@ from nm_lightning.compression.structure.inputs import Inputs, arguments, first, 
 from nm_lightning.compression.structure.operations import CHANNEL_NORMS, MIXING_NORMS, assign_into, facts_of
 from nm_lightning.compression.structure.plan import named_tensors
 from nm_lightning.errors import InputError
-
-TORCH = str(Path(torch.__file__).parent) + os.sep
-HERE = str(Path(__file__).parent) + os.sep
 
 # functions that give a value away
 DECIDERS = {
@@ -146,7 +143,7 @@ class Recorder(TorchFunctionMode):
             with torch._C.DisableTorchFunction():  # without data there is mostly nothing to compute
                 return self._call("call_module", name, args, kwargs, _unchanged if keeps else module.forward)
         if name is None and next(module.parameters(), None) is not None:
-            line = users_frame()
+            line = users_line()
             raise InputError(
                 f"{type(self.root).__name__} runs a {type(module).__name__} that is none of its own modules"
                 + (f" ({line})" if line else "")
@@ -204,7 +201,7 @@ class Recorder(TorchFunctionMode):
         sources: list = []
         self._symbol((args, kwargs), sources)
         if not self.live.isdisjoint(sources):
-            raise Undecided(type(self.root).__name__, users_frame())
+            raise Undecided(type(self.root).__name__, users_line())
         return function(*args, **kwargs)
 
     def _rows(self, function: Callable, args: tuple, kwargs: dict) -> Iterator[Tensor]:
@@ -304,7 +301,7 @@ class Recorder(TorchFunctionMode):
                 self.values[self.parameters[name]] = tensor
             node = self.parameters[name]
         elif self.hollow and tensor.is_meta and id(tensor) not in self.constants:
-            raise InputError(f"{type(self.root).__name__} makes a tensor by no function of torch's ({users_frame()})")
+            raise InputError(f"{type(self.root).__name__} makes a tensor by no function of torch's ({users_line()})")
         else:
             self.constants[id(tensor)] = tensor
             sources.append(None)
@@ -313,12 +310,17 @@ class Recorder(TorchFunctionMode):
         return node
 
     def _node(self, kind: str, target: Any, args: tuple, kwargs: dict) -> fx.Node:
-        node = self.graph.create_node(kind, target, args, kwargs)
-        node.meta["module"] = self.stack[-1] if self.stack else ""
-        line = users_frame()
-        if line:
-            node.meta["line"] = line
+        node, frame = self.graph.create_node(kind, target, args, kwargs), users_frame()
+        node.meta["module"] = self.whose_code(None if kind == "call_module" else frame)
+        if frame is not None:
+            node.meta["line"] = line_of(frame)
         return node
+
+    def whose_code(self, frame: FrameType | None) -> str:
+        """The name of the module whose code runs in a frame; that whose forward runs, if it is none's."""
+        own = frame.f_locals.get("self") if frame is not None else None
+        name = self.modules.get(own) if isinstance(own, nn.Module) else None
+        return name if name is not None else self.stack[-1] if self.stack else ""
 
     # -- where torch and Python call us
 
@@ -433,13 +435,3 @@ def _paths(value: Any, path: tuple = ()) -> Iterator[tuple[tuple, Tensor]]:
     elif isinstance(value, Mapping):
         for key, each in value.items():
             yield from _paths(each, (*path, key))
-
-
-def users_frame() -> str:
-    """The line of the user's code that runs; empty where all of it is torch's and ours, as in `nn.Sequential`."""
-    frame = sys._getframe(1)
-    while frame and frame.f_code is not Recorder.record.__code__:
-        if not frame.f_code.co_filename.startswith((TORCH, HERE)):
-            return f"{Path(frame.f_code.co_filename).name}, line {frame.f_lineno}"
-        frame = frame.f_back
-    return ""

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from nm_lightning.compression.graph.tracer import TORCH, graph_of, leaves_of
+from nm_lightning.compression.graph.frames import TORCH
+from nm_lightning.compression.graph.tracer import graph_of, leaves_of
 from nm_lightning.compression.statistics.runs import channels_that_stay, narrow_norms
 from nm_lightning.compression.statistics.subject import Subject
 from nm_lightning.compression.structure.columns import rows_of, silence, silence_rows

@@ -10,6 +10,20 @@ from nm_lightning import compress, trace
 WIDTH, HEADS, DIM, TOKENS = 24, 4, 6, 9
 
 
+class Bias(nn.Module):
+    """A bias for each head and pair of tokens, made from their distance by a method that is no forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.heads, self.shape, self.make = HEADS, (TOKENS, TOKENS, HEADS), nn.Linear(1, HEADS)
+        self.register_buffer("places", torch.randint(7, (TOKENS * TOKENS,)))
+        self.register_buffer("distances", torch.linspace(-1, 1, 7).view(7, 1, 1))
+
+    def between_tokens(self):
+        table = self.make(self.distances)
+        return table.view(-1, self.heads)[self.places].view(self.shape).permute(2, 0, 1).unsqueeze(0)
+
+
 class Heads(nn.Module):
     """A stream with one attention whose code differs from kind to kind."""
 
@@ -23,6 +37,8 @@ class Heads(nn.Module):
             self.register_buffer("k_bias", torch.zeros(WIDTH))
         if kind == "normalised":
             self.scale = nn.Parameter(torch.randn(HEADS, 1, 1))
+        if kind == "a bias of another module":
+            self.bias = Bias()
         self.table = nn.Parameter(torch.randn(7, HEADS))  # a bias for each head and relative position
         self.register_buffer("places", torch.randint(7, (TOKENS, TOKENS)))
 
@@ -37,6 +53,8 @@ class Heads(nn.Module):
         qkv = qkv.reshape(batch, tokens, 3, self.num_heads, length).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)
         bias = self.table[self.places.view(-1)].view(tokens, tokens, -1).permute(2, 0, 1).contiguous().unsqueeze(0)
+        if self.kind == "a bias of another module":
+            bias = self.bias.between_tokens()
         if self.kind == "share of the stream":
             q = q * (channels // self.num_heads) ** -0.5  # by hand, as torchvision's Swin does
         if self.kind == "normalised":
@@ -69,7 +87,9 @@ def test_dead_heads_go_without_loss(kind):
     assert torch.allclose(result.model(x), model(x), atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["last size", "computed bias", "normalised", "share of the stream"])
+@pytest.mark.parametrize(
+    "kind", ["last size", "computed bias", "normalised", "share of the stream", "a bias of another module"]
+)
 @pytest.mark.parametrize("ratio", [0.5, 0.75])  # 0.75 leaves one head
 def test_all_of_it_shrinks(kind, ratio):
     model, x = make(kind)
