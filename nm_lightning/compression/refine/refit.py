@@ -92,9 +92,7 @@ class Refit(Refinement):
         except InputError:  # no predictions
             before = after = 0.0
         if not after <= before:
-            report.remarks.append(
-                f"refit left away: with it {after:.3g} nats an image from the original, {before:.3g} without"
-            )
+            report.remarks.append(f"refit left away: {after:.3g} nats an image from the original, {before:.3g} without")
             return {}
         for row in report.sites:
             row.error = errors.get(row.name, row.error)
