@@ -215,11 +215,12 @@ def find_windows(
                 refused[site.name] = obstacle
                 del windows[site.name]
     fitted = {name for own in windows.values() for name in own.layers}
+    turned = {name for site in sites for pair in site.pairs for name in (pair.maker, *[pair.other][pair.dim :])}
     changed = set()
     for node in found.nodes:
         if node.target in fitted or any(source in changed for source in node.all_input_nodes):
             changed.add(node)
-            if solvable(node, network) and node.target not in fitted | again:
+            if solvable(node, network) and node.target not in fitted | again | turned:  # these make others' rows now
                 alone = window(node, [node], [node.target])
                 if getattr(alone.layers[node.target], "groups", 1) == 1 and not alone.obstacle(values):
                     windows[node.target] = alone

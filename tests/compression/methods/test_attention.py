@@ -193,3 +193,17 @@ def test_whole_heads_are_reconstructed():
     small = compress(model, x[:2], "reconstruct", ratio=0.3, calibration=x).model
     pruned = compress(model, x[:2], "prune", ratio=0.3).model
     assert small.num_heads == 2 and (small(x) - model(x)).norm() < 0.5 * (pruned(x) - model(x)).norm()
+
+
+def test_a_refit_does_not_turn_heads_back():
+    """What was turned is not compared with the original's rows; the layers before and behind it gain."""
+    block, x = make()
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(5, 12), nn.ReLU(), nn.Linear(12, 5), block).eval()
+    settings = {"ratio": 0.5, "attention": "dimensions", "calibration": x}
+    plain, fitted = (compress(model, x[:2], "reconstruct", refit=rounds, **settings) for rounds in (0, 1))
+    assert not any("left away" in note for note in fitted.report.notes)
+    assert not torch.equal(plain.model[0].weight, fitted.model[0].weight)
+    assert torch.equal(plain.model[3].qkv.weight, fitted.model[3].qkv.weight)
+    lost = [(each.model(x) - model(x)).norm() for each in (plain, fitted)]
+    assert lost[1] < lost[0]
