@@ -595,6 +595,7 @@ def test_what_only_the_training_step_reads_stays_whole(tmp_path):
 @pytest.mark.parametrize("how", ["fit(torch.compile(module))", "module.compile()"])
 def test_a_compiled_module(how, tmp_path):
     """The file that is saved is what was measured, and the result has weights of its own."""
+    torch.manual_seed(0)  # of some draws the neurons that stay are silent
     module, callback = Own(), NeuronMergeCallback("prune", ratio=0.9)
     fitted = torch.compile(module, backend="eager") if "torch" in how else module
     if fitted is module:
