@@ -1,0 +1,109 @@
+"""Queries and keys with fewer dimensions: cut, selected and compensated as in CORP, or turned into singular vectors.
+
+    python benchmarks/attention.py            # on checkpoints/vit_fashion_mnist, the full test set; a table on stdout
+
+CORP (arXiv 2602.05243) keeps the dimensions with the most energy, `E[q_d^2] E[k_d^2]`, and has them say by least squares
+what the removed ones said: `q_S (1 + M) k_S^T` with `M = Q_SS^-1 Q_SP K_PS K_SS^-1` of the second moments `Q` and `K`. All
+three see the same moments of 1,024 training images; the code is this project's reading of the paper.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nm_lightning import compress
+from nm_lightning.cli.sources import Asked, open_source
+from nm_lightning.compression.methods.attention import queries_and_keys
+from nm_lightning.measure import evaluate
+
+
+def moments(network: nn.Module, images: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """By block, the second moments of queries, and of keys less their mean over each image, `(heads, d, d)`."""
+    found = []
+
+    def made(layer: nn.Module, args: tuple, output: Tensor) -> None:
+        heads = len(output[0, 0]) // 96
+        query, key, _ = output.double().unflatten(-1, (3, heads, 32)).unbind(2)
+        key = key - key.mean(1, keepdim=True)
+        found.append(tuple(torch.einsum("nthi,nthj->hij", each, each) / len(images) for each in (query, key)))
+
+    handles = [block.attention.qkv.register_forward_hook(made) for block in network.blocks]
+    network(images)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def pruned(queries: Tensor, keys: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """`A` and `B` `(d, d)` that queries and keys are multiplied by: only the dimensions with the most energy stay."""
+    stays = torch.zeros(len(queries), dtype=queries.dtype)
+    stays[(queries.diagonal() * keys.diagonal()).topk(rank).indices] = 1
+    return stays.diag(), stays.diag()
+
+
+def selected(queries: Tensor, keys: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The same, and they say what the others said."""
+    order = (queries.diagonal() * keys.diagonal()).argsort(descending=True)
+    stay, go = order[:rank], order[rank:]
+
+    def share(moment: Tensor) -> Tensor:
+        own = moment[stay][:, stay]
+        return torch.linalg.solve(own + 1e-6 * own.diagonal().mean() * torch.eye(rank), moment[stay][:, go])
+
+    ours, theirs = torch.zeros_like(queries), torch.zeros_like(keys)
+    ours[stay, stay], theirs[stay, stay] = 1, 1
+    ours[stay[:, None], stay] += share(queries) @ share(keys).T
+    return ours, theirs
+
+
+def singular(queries: Tensor, keys: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Singular vectors of the products."""
+    ours, theirs = (each[0] for each in queries_and_keys(queries[None], keys[None]))
+    ours[:, rank:], theirs[:, rank:] = 0, 0
+    return ours, theirs
+
+
+@torch.no_grad()
+def main() -> None:
+    """Measure and print."""
+    source = open_source(Asked("vit_fashion_mnist"))
+    network, data = source.network.eval(), source.loaders.data
+    network = getattr(network, "model", network)
+    test = data.splits["test"]
+    images, labels = data.normalise(test.images), test.labels
+    seen = data.calibration_images("data", 1024, 0)
+    wanted = network(images).log_softmax(-1)
+
+    def row(what: str, ratio: float, how: str, small: nn.Module) -> None:
+        accuracy = evaluate(small, list(zip(images.split(500), labels.split(500), strict=True)))
+        lost = F.kl_div(small(images).log_softmax(-1), wanted, reduction="batchmean", log_target=True)
+        print(f"| {what} | {ratio} | {how} | {100 * accuracy:.2f} | {float(lost):.4f} |", flush=True)
+
+    print("| what shrinks | ratio | how | accuracy % | nats an image |\n| --- | --- | --- | ---: | ---: |")
+    row("nothing", 0, "", network)
+    found = moments(network, seen)
+    original = {name: value.clone() for name, value in network.state_dict().items()}
+    for ratio in (0.25, 0.5, 0.75):
+        for how, name in ((pruned, "cut"), (selected, "selected, as CORP"), (singular, "singular vectors")):
+            for block, (queries, keys) in zip(network.blocks, found, strict=True):
+                layer = block.attention.qkv
+                for head in range(block.attention.heads):
+                    pair = how(queries[head], keys[head], 32 - int(32 * ratio))
+                    for part, matrix in enumerate(pair):
+                        rows = slice(start := part * len(layer.weight) // 3 + 32 * head, start + 32)
+                        for tensor in (layer.weight, layer.bias):
+                            tensor[rows] = (matrix.T @ tensor[rows].double()).to(tensor)
+            row("queries and keys", ratio, name, network)
+            network.load_state_dict(original)
+    for ratio in (0.25, 0.5):
+        for name, given in {
+            "cut": {"method": "prune"},
+            "selected, one map for each site": {"method": "reconstruct", "reconstruction": "channel"},
+            "reconstruct": {"method": "reconstruct"},
+        }.items():
+            given |= {"criterion": "l2-norm", "sites": ["*fc1"], "calibration": seen}
+            row("hidden layers", ratio, name, compress(network, seen[:1], ratio=ratio, **given).model.eval())
+
+
+if __name__ == "__main__":
+    main()
