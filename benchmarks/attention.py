@@ -2,9 +2,9 @@
 
     python benchmarks/attention.py            # on checkpoints/vit_fashion_mnist, the full test set; a table on stdout
 
-CORP (arXiv 2602.05243) keeps the dimensions with the most energy, `E[q_d^2] E[k_d^2]`, and has them say by least squares
-what the removed ones said: `q_S (1 + M) k_S^T` with `M = Q_SS^-1 Q_SP K_PS K_SS^-1` of the second moments `Q` and `K`. All
-three see the same moments of 1,024 training images; the code is this project's reading of the paper.
+CORP (arXiv 2602.05243) keeps the dimensions with the most energy, `E[q_d^2] E[k_d^2]`, and has them say by least
+squares what the removed ones said: `q_S (1 + M) k_S^T` with `M = Q_SS^-1 Q_SP K_PS K_SS^-1` of the second moments `Q`
+and `K`. All three see the same moments of 1,024 training images; the code is this project's reading of the paper.
 """
 
 import torch
