@@ -32,7 +32,14 @@ from nm_lightning.errors import InputError
 EFFORTS: dict[str, dict[str, Any]] = {
     "fast": {"method": "merge", "criterion": "l2-norm"},
     "normal": {"method": "reconstruct", "criterion": "output", "attention": "dimensions"},
-    "best": {"method": "reconstruct", "criterion": "output", "attention": "dimensions", "spread": "cost", "refit": 2},
+    "best": {
+        "method": "reconstruct",
+        "criterion": "output",
+        "attention": "dimensions",
+        "spread": "cost",
+        "refit": 2,
+        "refit_horizon": 3,
+    },
 }
 
 

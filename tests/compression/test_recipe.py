@@ -181,9 +181,11 @@ def test_a_criterion_without_a_name_is_passed_as_an_object():
 
 
 def test_effort_is_a_word_for_settings_and_what_is_given_beside_it_wins():
-    best = Recipe.of("reconstruct", "output", attention="dimensions", spread="cost", refit=2, ratio=0.3)
+    best = Recipe.of(
+        "reconstruct", "output", attention="dimensions", spread="cost", refit=2, refit_horizon=3, ratio=0.3
+    )
     assert Recipe.of(effort="best", ratio=0.3) == best
-    assert Recipe.of(effort="best", ratio=0.3, refit=1).then == (Refit(1),)
+    assert Recipe.of(effort="best", ratio=0.3, refit=1).then == (Refit(1, 3),)
     assert Recipe.of(effort="best", target_macs=0.5).budget == Macs(0.5)
     assert Recipe.of(effort="normal") == Recipe.of("reconstruct", "output", attention="dimensions")
     assert Recipe.of(effort="fast") == Recipe.of()

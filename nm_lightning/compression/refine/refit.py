@@ -76,6 +76,12 @@ class Refit(Refinement):
         flag="refit",
         off=0,
     )
+    horizon: int = setting(
+        0,
+        "how many of the next sites' outputs refit compares, too, at each site; 3 is slower and nearer",
+        whole(0, "sites"),
+        flag="refit_horizon",
+    )
 
     def refine(self, subject: Subject, narrow: nn.Module, plan: Plan, report: Report) -> dict[str, Tensor]:
         """The fitted parameters, if the predictions on the last quarter of the images come nearer to the original's.
@@ -84,7 +90,9 @@ class Refit(Refinement):
         """
         original, _ = plain_copy(subject.model)
         shrunk = [site for site in subject.sites if report.widths[site.name] < site.width]
-        values, errors, refused = refit(original, narrow, shrunk, plan, subject.batches, self.rounds, subject.ranks)
+        values, errors, refused = refit(
+            original, narrow, shrunk, plan, subject.batches, self.rounds, subject.ranks, self.horizon
+        )
         fitted = duplicate(narrow)
         replace_tensors(fitted, values)
         try:
@@ -128,6 +136,7 @@ def refit(
     batches: Sequence[Inputs],
     rounds: int = 1,
     ranks: Ranks = ALONE,
+    horizon: int = 0,
 ) -> tuple[dict[str, Tensor], dict[str, float], dict[str, str]]:
     """Fit each site's layers to the original, in the order of execution.
 
@@ -139,6 +148,7 @@ def refit(
         batches: inputs as the network is called with.
         rounds: of Gauss-Newton at each site.
         ranks: that each have a share of the images.
+        horizon: of how many problems that follow the ends count, too (after SNOWS, arXiv 2411.18376).
 
     Returns:
         The narrow network's parameters by name; by site, the share of the original's energy at its ends that is still
@@ -154,7 +164,7 @@ def refit(
     for graph, network in zip(graphs, (original, fitted), strict=True):
         without_in_place(graph, network)
     wanted, found = (Run(network, graph, batches) for network, graph in zip((original, fitted), graphs, strict=True))
-    windows, refused = find_windows(sites, plan, wanted, found, ranks.first(len(tensors_in(batches[0])[0])))
+    windows, refused = find_windows(sites, plan, wanted, found, ranks.first(len(tensors_in(batches[0])[0])), horizon)
     errors = {}
     for name, window in progress(windows, "refitting"):
         errors[name] = window.solve(rounds, ranks)
@@ -163,11 +173,12 @@ def refit(
 
 
 def find_windows(
-    sites: Sequence[Site], plan: Plan, wanted: Run, found: Run, length: int
+    sites: Sequence[Site], plan: Plan, wanted: Run, found: Run, length: int, horizon: int = 0
 ) -> tuple[list[tuple[str, "Window"]], dict[str, str]]:
     """The problems by name, in the order of execution: a site's layers, and each layer alone that reads what they make.
 
-    Also returned are the sites that are left alone, with the reason. `length` is that of a full batch.
+    Also returned are the sites that are left alone, with the reason. `length` is that of a full batch; of `horizon`
+    problems that follow the ends count, too, where they can be differentiated.
     """
     network = found.module
     names = {node.name: node for node in found.nodes}
@@ -224,7 +235,25 @@ def find_windows(
                 alone = window(node, [node], [node.target])
                 if getattr(alone.layers[node.target], "groups", 1) == 1 and not alone.obstacle(values):
                     windows[node.target] = alone
-    return sorted(windows.items(), key=lambda item: found.position[item[1].start]), refused
+    ordered = sorted(windows.items(), key=lambda item: found.position[item[1].start])
+    own = [window.ends for _, window in ordered]
+    for number, (_, window) in enumerate(ordered if horizon else []):
+        behind = reached(window.start)
+        ends = [end for ends in own[number : number + 1 + horizon] for end in ends if end.node in behind]
+        window.compare(ends)
+        if window.obstacle(values):
+            window.compare(own[number])
+    return ordered, refused
+
+
+def reached(start: fx.Node) -> set[fx.Node]:
+    """All that follows from a node, and the node."""
+    found, ahead = {start}, [start]
+    while ahead:
+        new = [user for user in ahead.pop().users if user not in found]
+        found |= {*new}
+        ahead += new
+    return found
 
 
 def solvable(node: fx.Node, network: nn.Module) -> bool:
@@ -261,9 +290,9 @@ class Window:
         curved: int,
     ):
         self.wanted, self.found = wanted, found
-        self.start, self.behind, self.ends, self.layers = start, behind, ends, layers
+        self.start, self.behind, self.layers = start, behind, layers
         self.count, self.curved, self.share = count, curved, 1.0
-        self.joins = [end.node for end in ends]
+        self.compare(ends)
         self.free = {
             f"{name}.{key}": parameter
             for name, layer in layers.items()
@@ -274,7 +303,12 @@ class Window:
         self.targets: dict[int, list[Tensor]] = {}
         self.kept: list[tuple[Linear, list[Tensor]]] = []
         self.device = tensors_in(found.batches[0])[0].device
-        self.energies, self.ranks = [1.0] * len(ends), ALONE
+        self.ranks = ALONE
+
+    def compare(self, ends: Sequence[End]) -> None:
+        """Take these ends, each once."""
+        self.ends = list({end.node: end for end in ends}.values())
+        self.joins, self.energies = [end.node for end in self.ends], [1.0] * len(self.ends)
 
     def fold(self, node: fx.Node) -> tuple[str, str] | None:
         """A convolution and the BatchNorm that alone reads it, and reads nothing else."""

@@ -21,12 +21,12 @@ from tests.networks import STRANGE, Attention, Residual, Strange, images, lively
 from tests.oracles import gap
 
 
-def windows_of(original, narrow, result, sites, x, size=32):
+def windows_of(original, narrow, result, sites, x, size=32, horizon=0):
     graphs = [graph_of(network, x) for network in (original, narrow)]
     wanted, found = (
         Run(network, graph, x.split(size)) for network, graph in zip((original, narrow), graphs, strict=True)
     )
-    return dict(find_windows(sites, result.plan, wanted, found, size)[0])
+    return dict(find_windows(sites, result.plan, wanted, found, size, horizon)[0])
 
 
 def test_a_product_is_that_of_the_dense_jacobian():
@@ -189,22 +189,24 @@ def test_strange_networks_are_never_worse(name):
     scope = "all" if "norm" in name or "broadcast" in name else "hidden"
     settings = {"ratio": 0.25, "scope": scope, "calibration": x}
     lost = []
-    for rounds in (0, 1):
-        network = compress(model, x[:1], "prune", refit=rounds, **settings).model
+    for rounds, horizon in ((0, 0), (1, 0), (1, 3)):
+        network = compress(model, x[:1], "prune", refit=rounds, refit_horizon=horizon, **settings).model
         with torch.no_grad():
             lost.append(float((network(x.clone()) - model(x.clone())).square().mean()))
-    assert lost[1] <= lost[0]
+    assert max(lost[1:]) <= lost[0]
     assert model.inplace.inplace
 
 
+@pytest.mark.parametrize("horizon", [0, 2])
 @pytest.mark.parametrize("fused", [True, False])
-def test_attention_heads(fused):
+def test_attention_heads(fused, horizon):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(12, 16), Attention(16, 4, 8, fused), nn.Flatten(), nn.Linear(6 * 16, 3)).eval()
     x = torch.randn(256, 6, 12)
     (name,) = (site.name for site in trace(net, x[:1]).sites if site.name == "1.q")
     rough, fine = (
-        compress(net, x[:1], "prune", widths={name: 2}, sites=name, calibration=x, refit=rounds) for rounds in (0, 2)
+        compress(net, x[:1], "prune", widths={name: 2}, sites=name, calibration=x, refit=rounds, refit_horizon=horizon)
+        for rounds in (0, 2)
     )
     with torch.no_grad():
         lost = [float((result.model(x) - net(x)).square().mean()) for result in (rough, fine)]
@@ -222,6 +224,24 @@ def test_dtypes_are_kept(dtype):
     with torch.no_grad():
         lost = [float((network(x) - model(x)).float().square().mean()) for network in (rough, fine)]
     assert lost[1] < 0.7 * lost[0]
+
+
+def test_with_a_horizon_the_ends_of_what_follows_count_too():
+    torch.manual_seed(0)
+    layers = [each for _ in range(4) for each in (nn.Linear(8, 8), nn.ReLU())]
+    model, x = nn.Sequential(*layers, nn.Linear(8, 3)), torch.randn(300, 8)
+    result = compress(model, x[:1], "reconstruct", ratio=0.5, calibration=x)
+    sites = trace(model, x[:1]).sites
+    near, far = (
+        [{node.name for node in window.joins} for window in windows.values()]
+        for windows in (windows_of(model, result.model, result, sites, x, horizon=horizon) for horizon in (0, 2))
+    )
+    assert far == [set().union(*near[number : number + 3]) for number in range(len(near))] and len(near) > 3
+    lost = []
+    for horizon in (0, 2):
+        small = compress(model, x[:1], "prune", ratio=0.5, calibration=x, refit=2, refit_horizon=horizon).model
+        lost.append(gap(small, model, x))
+    assert lost[1] < lost[0]
 
 
 def test_what_is_left_alone_is_said():
@@ -337,7 +357,9 @@ def test_a_published_checkpoint(published, fashion_mnist, tmp_path):
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     (row,) = report["results"]
     assert row["accuracy"] > 0.86
-    assert row["recipe"]["then"] == [{"name": "refit", "rounds": 4}] and report["calibration_size"] == 1024
+    assert (
+        row["recipe"]["then"] == [{"name": "refit", "rounds": 4, "horizon": 0}] and report["calibration_size"] == 1024
+    )
     assert all(0 < site["error"] < 0.1 for site in row["sites"])
 
 
