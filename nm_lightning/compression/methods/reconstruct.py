@@ -48,6 +48,7 @@ from nm_lightning.compression.structure.sites import Site
 from nm_lightning.progress import progress
 
 UNSURE = 10  # times the ridge on synthetic images, whose correlations are only near the data's
+LARGER = 6  # powers of ten that are tried of a ridge
 DEAD = 1e-4  # an output that its norm scales by less than this share of the largest is left alone
 
 
@@ -232,37 +233,94 @@ def solve_layer(
     alive = (scale.abs() > DEAD * scale.abs().max()) & task.rows.to(scale.device)
     solved = alive.nonzero().flatten() if groups == 1 else torch.arange(out, device=scale.device)
     samples = Held(lambda: looked_at(task, join, layer, solved, wanted, found, images, ranks), found.memory)
-    gram, share, total = 0.0, 0.0, torch.zeros(())
-    for step in range(1 + (rectify if join.limit is not None else 0)):
-        cross, missing, energy = 0.0, 0.0, 0.0
+    halves, energy = normal_equations(samples, ranks)
+    gram, cross, missing = (first + second for first, second in zip(*halves, strict=True))
+    if join.limit is None or not task.stays.all():
+        ridge = validated(ridge, halves, samples, join.limit, ranks)
+    penalty = ridge_of(gram, ridge)
+    factor = factorise(gram, penalty)
+    total = torch.cholesky_solve(cross, factor)
+    gained = 2 * (total * cross).sum() - (total * (gram @ total)).sum()
+    share = float(((missing - gained) / energy.clamp(min=1e-30)).clamp(min=0))
+    for _ in range(rectify if join.limit is not None else 0):
+        cross = torch.zeros_like(total)
         for patches, target, value in samples:
-            if step:
-                value = value + patches @ total.to(patches.dtype)
-            gap = rectified_gap(target, value, join.limit) if step else target - value
+            gap = rectified_gap(target, value + patches @ total.to(patches.dtype), join.limit)
             cross += (patches.transpose(1, 2) @ gap).double()
-            if step == 0:
-                gram += gram_of(patches)
-                missing += gap.square().sum(dtype=torch.float64)
-                energy += target.square().sum(dtype=torch.float64)
         (cross,) = ranks.total(cross)
-        if step == 0:
-            gram, missing, energy = ranks.total(gram, missing, energy)
-            total = torch.zeros_like(cross)
-            penalty = ridge * gram.diagonal(dim1=1, dim2=2)[:, :-1].mean()
-            penalty = torch.full((gram.shape[1],), float(penalty), dtype=gram.dtype, device=gram.device)
-            penalty[-1] = 0
-            factor = factorise(gram, penalty)
-        change = torch.cholesky_solve(cross - penalty[:, None] * total, factor)
-        total = total + change
-        if step == 0:
-            gained = 2 * (change * cross).sum() - (change * (gram @ change)).sum()
-            share = float(((missing - gained) / energy.clamp(min=1e-30)).clamp(min=0))
+        total = total + torch.cholesky_solve(cross - penalty[:, None] * total, factor)
     change = layer.weight.new_zeros(out, total.shape[1])
     change[solved] = total.transpose(1, 2).flatten(0, 1).to(change.dtype)  # (out, taps * kept + 1)
     change = torch.where(alive[:, None], change / scale[:, None], 0.0)
     add_columns(layer.weight, task.stays.to(layer.weight.device), change[:, :-1], groups)
     add_constant(layer, wide.get_submodule(join.norm) if join.norm else None, change[:, -1])
     return share
+
+
+def normal_equations(samples: Held, ranks: Ranks) -> tuple[list[tuple[Tensor, ...]], Tensor]:
+    """Of each half of the images, over all ranks, what least squares need; and the energy of the targets.
+
+    Returns:
+        For each half the Gram matrix `(groups, p, p)` of what is read, its products with the gap `(groups, p, out)`,
+        and the gap's energy; all in float64.
+    """
+    sums, energy = [], torch.zeros((), dtype=torch.float64)
+    for patches, target, value in samples:
+        gap, energy = target - value, energy.to(target.device) + target.square().sum(dtype=torch.float64)
+        new = [
+            each
+            for read, lack in zip(patches.tensor_split(2, dim=1), gap.tensor_split(2, dim=1), strict=True)
+            for each in (
+                gram_of(read),
+                (read.transpose(1, 2) @ lack).double(),
+                lack.square().sum(dtype=torch.float64),
+            )
+        ]
+        sums = [old.add_(own) for old, own in zip(sums, new, strict=True)] if sums else new
+    *sums, energy = ranks.total(*sums, energy)
+    return [tuple(sums[:3]), tuple(sums[3:])], energy
+
+
+def ridge_of(gram: Tensor, ridge: float) -> Tensor:
+    """What is added to the diagonal `(p,)`: a share of its mean; nothing to the constant's, the last."""
+    penalty = (ridge * gram.diagonal(dim1=1, dim2=2)[:, :-1].mean()).expand(gram.shape[1]).clone()
+    penalty[-1] = 0
+    return penalty
+
+
+def validated(
+    ridge: float, halves: Sequence[tuple[Tensor, ...]], samples: Held, limit: float | None, ranks: Ranks
+) -> float:
+    """The ridge, or that power of ten times it by which each half of the images says most of the other half.
+
+    Where there are fewer than half of `ENOUGH` positions for each unknown; elsewhere the ridge hardly counts. It is
+    increased while that helps. Behind a rectifier only what passes it counts.
+    """
+    counts, width = [float(gram[0, -1, -1]) for gram, _, _ in halves], halves[0][0].shape[1]
+    if not min(counts) or sum(counts) >= ENOUGH * width / 2:
+        return ridge
+
+    def lost(ridge: float) -> float:
+        solved = [torch.cholesky_solve(cross, factorise(gram, ridge_of(gram, ridge))) for gram, cross, _ in halves]
+        left = torch.zeros((), dtype=torch.float64, device=solved[0].device)
+        if limit is None:
+            for (gram, cross, missing), change in zip(halves[::-1], solved, strict=True):
+                left += missing - 2 * (change * cross).sum() + (change * (gram @ change)).sum()
+            return float(left)
+        for patches, target, value in samples:
+            parts = (each.tensor_split(2, dim=1) for each in (patches, target, value))
+            for read, wanted, own, change in zip(*parts, solved[::-1], strict=True):
+                gap = rectified_gap(wanted, own + read @ change.to(read.dtype), limit)
+                left += gap.square().sum(dtype=torch.float64)
+        return float(ranks.total(left)[0])
+
+    best = lost(ridge)
+    for _ in range(LARGER):
+        new = lost(10 * ridge)
+        if not new < best:
+            break
+        best, ridge = new, 10 * ridge
+    return ridge
 
 
 def looked_at(

@@ -44,7 +44,7 @@ from nm_lightning.compression.statistics.runs import (
 )
 from nm_lightning.compression.statistics.subject import Subject
 from nm_lightning.compression.structure.copies import duplicate, evaluated, plain_copy, with_data
-from nm_lightning.compression.structure.inputs import Inputs, first, tensors_in
+from nm_lightning.compression.structure.inputs import Inputs, first, length, tensors_in
 from nm_lightning.compression.structure.operations import BATCH_NORMS, CONVOLUTIONS, SOLVABLE
 from nm_lightning.compression.structure.plan import Plan, replace_tensors
 from nm_lightning.compression.structure.sites import Site
@@ -164,7 +164,10 @@ def refit(
     for graph, network in zip(graphs, (original, fitted), strict=True):
         without_in_place(graph, network)
     wanted, found = (Run(network, graph, batches) for network, graph in zip((original, fitted), graphs, strict=True))
-    windows, refused = find_windows(sites, plan, wanted, found, ranks.first(len(tensors_in(batches[0])[0])), horizon)
+    windows, refused = find_windows(sites, plan, wanted, found, ranks.first(len(tensors_in(batches[0])[0])))
+    if horizon:
+        (images,) = ranks.total(torch.tensor(sum(map(length, batches)), device=tensors_in(batches[0])[0].device))
+        look_ahead([window for _, window in windows], horizon, int(images), found)
     errors = {}
     for name, window in progress(windows, "refitting"):
         errors[name] = window.solve(rounds, ranks)
@@ -173,19 +176,17 @@ def refit(
 
 
 def find_windows(
-    sites: Sequence[Site], plan: Plan, wanted: Run, found: Run, length: int, horizon: int = 0
+    sites: Sequence[Site], plan: Plan, wanted: Run, found: Run, length: int
 ) -> tuple[list[tuple[str, "Window"]], dict[str, str]]:
     """The problems by name, in the order of execution: a site's layers, and each layer alone that reads what they make.
 
-    Also returned are the sites that are left alone, with the reason. `length` is that of a full batch; of `horizon`
-    problems that follow the ends count, too, where they can be differentiated.
+    Also returned are the sites that are left alone, with the reason. `length` is that of a full batch.
     """
     network = found.module
     names = {node.name: node for node in found.nodes}
     originals = {node.name: node for node in wanted.nodes}
     shapes = shapes_of(found.graph)
-    few = shapes[found.nodes[0]][:1].numel()
-    values = Run(network, found.graph, [first(found.batches[0], few)]).first_values()
+    values = few_values(found)
     called = {node.target for node in found.nodes if node.op == "call_module"}
     again = used_again(found.graph, network)
 
@@ -235,15 +236,32 @@ def find_windows(
                 alone = window(node, [node], [node.target])
                 if getattr(alone.layers[node.target], "groups", 1) == 1 and not alone.obstacle(values):
                     windows[node.target] = alone
-    ordered = sorted(windows.items(), key=lambda item: found.position[item[1].start])
-    own = [window.ends for _, window in ordered]
-    for number, (_, window) in enumerate(ordered if horizon else []):
-        behind = reached(window.start)
-        ends = [end for ends in own[number : number + 1 + horizon] for end in ends if end.node in behind]
-        window.compare(ends)
+    return sorted(windows.items(), key=lambda item: found.position[item[1].start]), refused
+
+
+def few_values(run: Run) -> dict[fx.Node, Any]:
+    """All nodes' values for as many images as the graph was recorded with."""
+    few = shapes_of(run.graph)[run.nodes[0]][:1].numel()
+    return Run(run.module, run.graph, [first(run.batches[0], few)]).first_values()
+
+
+def look_ahead(windows: Sequence["Window"], horizon: int, images: int, found: Run) -> None:
+    """Let ends of so many problems that follow count, in place, where they say enough and can be differentiated.
+
+    Of an end with few values for each free parameter, as logits are, the problem would learn the noise.
+    """
+    own, values = [window.ends for window in windows], few_values(found)
+    for number, window in enumerate(windows):
+        behind, parameters = reached(window.start), sum(each.numel() for each in window.free.values())
+        ends = [
+            end
+            for ends in own[number + 1 : number + 1 + horizon]
+            for end in ends
+            if end.node in behind and values[end.node][0].numel() * images >= ENOUGH * parameters
+        ]
+        window.compare([*own[number], *ends])
         if window.obstacle(values):
             window.compare(own[number])
-    return ordered, refused
 
 
 def reached(start: fx.Node) -> set[fx.Node]:

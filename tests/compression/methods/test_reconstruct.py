@@ -10,6 +10,8 @@ from torch.nn import functional as F
 
 from nm_lightning import InputError, compress, trace
 from nm_lightning.cli import compress as cli
+from nm_lightning.compression.methods import reconstruct as reconstructing
+from nm_lightning.compression.statistics.ranks import ALONE
 from tests.networks import STRANGE, Attention, Residual, Strange, images, lively
 from tests.oracles import gap
 
@@ -61,6 +63,32 @@ def test_one_layer_solves_the_normal_equations():
         expected = torch.linalg.lstsq(torch.cat([design, penalty]), padded).solution
     torch.testing.assert_close(result.model[2].weight, model[2].weight[:, keep] + expected[:-1].T)
     torch.testing.assert_close(result.model[2].bias, model[2].bias + expected[-1])
+
+
+def test_few_images_get_a_ridge_by_which_each_half_says_the_other(monkeypatch):
+    """Hardly more images than unknowns: the worst place for least squares without one."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 10)).eval()
+    x, unseen, lost = torch.randn(40, 20), torch.randn(2000, 20), []
+    for larger in (reconstructing.LARGER, 0):
+        monkeypatch.setattr(reconstructing, "LARGER", larger)
+        lost.append(gap(compress(model, x[:1], "reconstruct", ratio=0.5, calibration=x).model, model, unseen))
+    assert lost[0] < 0.7 * lost[1]
+
+
+@pytest.mark.parametrize("limit", [None, float("inf")])
+def test_a_ridge_grows_where_nothing_can_be_said_and_stays_where_all_can_or_images_are_plenty(limit):
+    torch.manual_seed(0)
+    read = torch.cat([torch.randn(1, 60, 20), torch.ones(1, 60, 1)], dim=2)
+    wanted = {"noise": torch.randn(1, 60, 4), "all": 0.1 * read @ torch.randn(1, 21, 4)}
+    found = {}
+    for name, target in wanted.items():
+        samples = [(read, target + 2, torch.full_like(target, 2.0))]
+        halves, _ = reconstructing.normal_equations(samples, ALONE)
+        found[name] = reconstructing.validated(1e-6, halves, samples, limit, ALONE)
+    assert found["noise"] >= 0.1 and found["all"] <= 1e-5
+    plenty = [tuple(100 * each for each in half) for half in halves]
+    assert reconstructing.validated(1e-6, plenty, samples, limit, ALONE) == 1e-6
 
 
 def test_the_input_is_left_alone_and_modes_are_kept():

@@ -12,7 +12,7 @@ from nm_lightning import InputError, compress, trace
 from nm_lightning.cli import compress as cli
 from nm_lightning.compression.graph import graph_of
 from nm_lightning.compression.refine import refit as refitting
-from nm_lightning.compression.refine.refit import find_windows, refit
+from nm_lightning.compression.refine.refit import find_windows, look_ahead, refit
 from nm_lightning.compression.statistics.ranks import Ranks
 from nm_lightning.compression.statistics.runs import Run
 from nm_lightning.compression.structure.decomposition import assign
@@ -26,7 +26,9 @@ def windows_of(original, narrow, result, sites, x, size=32, horizon=0):
     wanted, found = (
         Run(network, graph, x.split(size)) for network, graph in zip((original, narrow), graphs, strict=True)
     )
-    return dict(find_windows(sites, result.plan, wanted, found, size, horizon)[0])
+    windows, _ = find_windows(sites, result.plan, wanted, found, size)
+    look_ahead([window for _, window in windows], horizon, len(x), found)
+    return dict(windows)
 
 
 def test_a_product_is_that_of_the_dense_jacobian():
@@ -228,8 +230,8 @@ def test_dtypes_are_kept(dtype):
 
 def test_with_a_horizon_the_ends_of_what_follows_count_too():
     torch.manual_seed(0)
-    layers = [each for _ in range(4) for each in (nn.Linear(8, 8), nn.ReLU())]
-    model, x = nn.Sequential(*layers, nn.Linear(8, 3)), torch.randn(300, 8)
+    layers = [each for _ in range(4) for each in (nn.Conv2d(8, 8, 1), nn.ReLU())]
+    model, x = nn.Sequential(*layers, nn.Conv2d(8, 3, 1)), torch.randn(64, 8, 12, 12)
     result = compress(model, x[:1], "reconstruct", ratio=0.5, calibration=x)
     sites = trace(model, x[:1]).sites
     near, far = (
