@@ -12,6 +12,7 @@ from nm_lightning import InputError, compress, trace
 from nm_lightning.cli import compress as cli
 from nm_lightning.compression.graph import graph_of
 from nm_lightning.compression.refine import refit as refitting
+from nm_lightning.compression.refine import window as windowing
 from nm_lightning.compression.refine.refit import find_windows, look_ahead, refit
 from nm_lightning.compression.statistics.ranks import Ranks
 from nm_lightning.compression.statistics.runs import Run
@@ -89,9 +90,9 @@ def test_both_directions_are_torchs_derivatives():
 
 def test_one_layer_is_solved_in_one_step(monkeypatch):
     """What reads a changed layer is linear least squares, and the whole Gram matrix makes conjugate gradients exact."""
-    monkeypatch.setattr(refitting, "DAMPING", 1e-12)
-    monkeypatch.setattr(refitting, "ITERATIONS", 1)
-    monkeypatch.setattr(refitting, "POSITIONS", 10**6)
+    monkeypatch.setattr(windowing, "DAMPING", 1e-12)
+    monkeypatch.setattr(windowing, "ITERATIONS", 1)
+    monkeypatch.setattr(windowing, "POSITIONS", 10**6)
     torch.manual_seed(0)
     head = nn.Conv2d(4, 3, 1)
     model, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Conv2d(4, 3, 1)), images(64)
