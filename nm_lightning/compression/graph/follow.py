@@ -27,6 +27,7 @@ from nm_lightning.compression.graph.neurons import (
     is_nobodys,
     lay_along,
     nobody,
+    owned,
     shrink,
     tied_pairs,
     varying,
@@ -269,6 +270,18 @@ class Follower:
                 if len(before) != len(neurons):
                     raise ValueError(f"{member.name} reads {len(neurons)} neurons, not {len(before)}")
                 self.tie(before, neurons, f"{member.name} or its weight is used several times", additive=True)
+        if not member.slots:
+            self._count_alike(member)
+
+    def _count_alike(self, member: Member) -> None:
+        """A number that is an attribute is the same wherever it is read: equally many stay of all that it counts."""
+        for name, divisor in member.counts.items():
+            counted = member.owner[::divisor]  # runs of so many stay or go as one
+            first = self.facts.axes.setdefault((member.name, name), counted)
+            if not torch.equal(first, counted):
+                together = torch.cat([first, counted])
+                self.quota(together, 2)
+                self.facts.chains.append(owned(together))
 
     def settle(self, source: Tensor, dim: int) -> Tensor:
         """The neuron of each position along `dim`; several that share a position are tied."""

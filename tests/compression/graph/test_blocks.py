@@ -1,0 +1,75 @@
+"""Blocks as published networks have them, written anew: they shrink, and the narrow one is the masked one."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from nm_lightning import compress, trace
+from tests.networks import Graph, conv
+from tests.oracles import masked
+
+IMAGE = (2, 3, 8, 8)
+
+
+class TalkingHeads(nn.Module):
+    """One number of heads for queries and keys, and, behind layers that mix heads, for values."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_heads, self.inner = 4, 24
+        self.q, self.k, self.v = conv(12, 12, 1), conv(12, 12, 1), conv(12, 24, 1)
+        self.before, self.behind = conv(4, 4, 1), conv(4, 4, 1)
+        self.out = conv(24, 12, 1)
+
+    def forward(self, x):
+        n, _, h, w = x.shape
+        q, k, v = (layer(x).reshape(n, self.num_heads, -1, h * w) for layer in (self.q, self.k, self.v))
+        mixed = v @ self.behind(self.before(q.mT @ k).softmax(-1)).mT
+        return self.out(mixed.reshape(n, self.inner, h, w))
+
+
+class Outlook(nn.Module):
+    """Weights for the windows of an image, by which these are added up again; heads of a length that is known."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_heads, self.head_dim = 4, 5
+        self.v, self.weights = conv(12, 20, 1), nn.Linear(12, 9 * 9 * 4)
+        self.unfold, self.out = nn.Unfold(3, padding=1, stride=2), conv(20, 12, 1)
+
+    def forward(self, x):
+        n, _, h, w = x.shape
+        v = self.unfold(self.v(x)).reshape(n, self.num_heads, self.head_dim, 9, -1).permute(0, 1, 4, 3, 2)
+        weights = self.weights(F.avg_pool2d(x, 2).permute(0, 2, 3, 1)).reshape(n, -1, self.num_heads, 9, 9)
+        mixed = weights.permute(0, 2, 1, 3, 4).softmax(-1) @ v
+        windows = mixed.permute(0, 1, 4, 3, 2).flatten(1, 3)
+        mixed = F.fold(windows, (h, w), 3, padding=1, stride=2).flatten(2)
+        return self.out(mixed.reshape(n, self.num_heads * self.head_dim, h, w))
+
+
+def in_a_stream(block):
+    """With a layer before it and behind it."""
+    return Graph(lambda n, x: n.fc((F.relu(y := n.a(x)) + n.block(y)).mean((2, 3))),
+                 a=conv(3, 12), block=block, fc=nn.Linear(12, 4))  # fmt: skip
+
+
+BLOCKS = {
+    "talking heads": (in_a_stream(TalkingHeads()), {"a": 6, "block.q": 6, "block.before": 2, "block.v": 12}),
+    "outlook attention": (in_a_stream(Outlook()), {"a": 6, "block.v": 10}),
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+@torch.no_grad()
+def test_a_published_block_is_cut_right(name):
+    torch.manual_seed(0)
+    model, widths = BLOCKS[name]
+    model.eval()
+    x = torch.randn(IMAGE)
+    found = trace(model, x, "all")
+    assert torch.equal(compress(model, x, ratio=0, scope="all").model(x), model(x))
+    result = compress(model, x, "prune", ratio=0.5, scope="all")
+    made = {layer: len(result.model.get_submodule(layer).weight) for layer in widths}
+    assert made == widths, found.skipped
+    torch.testing.assert_close(result.model(x), masked(model, result, found.sites)(x), rtol=1e-5, atol=1e-5)
