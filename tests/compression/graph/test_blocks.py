@@ -48,6 +48,30 @@ class Outlook(nn.Module):
         return self.out(mixed.reshape(n, self.num_heads * self.head_dim, h, w))
 
 
+class Rotary(nn.Module):
+    """A head's dimensions are turned in pairs, by a table for each token and dimension; whole heads can go."""
+
+    def __init__(self, half):
+        super().__init__()
+        self.num_heads, self.half = 4, half
+        self.qkv, self.out = nn.Linear(12, 48), nn.Linear(16, 12)
+        self.register_buffer("table", torch.randn(64, 2 * 4))
+
+    def turn(self, x):
+        sin, cos = self.table.chunk(2, -1)
+        if self.half:
+            first, second = x.chunk(2, dim=-1)
+            return x * cos + torch.cat([-second, first], dim=-1) * sin
+        return x * cos + torch.stack([-x[..., 1::2], x[..., ::2]], -1).reshape(x.shape) * sin
+
+    def forward(self, x):
+        tokens = x.flatten(2).mT
+        n, count, _ = tokens.shape
+        q, k, v = self.qkv(tokens).reshape(n, count, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = F.scaled_dot_product_attention(self.turn(q), self.turn(k), v)
+        return self.out(mixed.transpose(1, 2).reshape(n, count, -1)).mT.reshape(x.shape)
+
+
 def in_a_stream(block):
     """With a layer before it and behind it."""
     return Graph(lambda n, x: n.fc((F.relu(y := n.a(x)) + n.block(y)).mean((2, 3))),
@@ -57,6 +81,8 @@ def in_a_stream(block):
 BLOCKS = {
     "talking heads": (in_a_stream(TalkingHeads()), {"a": 6, "block.q": 6, "block.before": 2, "block.v": 12}),
     "outlook attention": (in_a_stream(Outlook()), {"a": 6, "block.v": 10}),
+    "rotary by halves": (in_a_stream(Rotary(True)), {"a": 6, "block.qkv": 24}),
+    "rotary by neighbours": (in_a_stream(Rotary(False)), {"a": 6, "block.qkv": 24}),
 }
 
 
