@@ -140,7 +140,7 @@ def _cells(facts: Facts, number: Tensor, width: int) -> tuple[Tensor, str]:
             continue
         counts = torch.zeros(width, int(quota.groups.max()) + 1, dtype=torch.long)
         counts.index_put_((own[inside], quota.groups[inside]), torch.tensor(1), accumulate=True)
-        if (counts == counts[:1]).all() and (counts[0] == counts[0, 0]).all():
+        if (counts == counts[:, :1]).all():
             continue  # every neuron has an equal part in each group
         if quota.reason:
             return cells, quota.reason
