@@ -207,7 +207,7 @@ def _contract(
     for factor in (left, right):
         follower.tie(factor, shrink(factor, dims), "summed over in a matrix product")
     left, right = shrink(left, dims), shrink(right, dims)
-    if follower.shortens(call) and is_nobodys(left) and len(varying(right)) > 1:
+    if follower.shortens(call) and is_nobodys(left) and varying(right):
         mixed = (_by_heads(right, varying(right)[-1]),)
         follower.facts.products.append(Product(call.node, call.node.meta["module"], mixed))
     shape, (left, right) = left.shape, map(compact, (left, right))

@@ -72,6 +72,23 @@ class Rotary(nn.Module):
         return self.out(mixed.transpose(1, 2).reshape(n, count, -1)).mT.reshape(x.shape)
 
 
+class OneHead(nn.Module):
+    """A single head, which gets shorter: of queries and keys by itself, of values as the stream does."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_heads, self.head_dim = 1, 12
+        self.q, self.kv, self.out = nn.Linear(12, 12), nn.Linear(12, 24), nn.Linear(12, 12)
+
+    def forward(self, x):
+        tokens = x.flatten(2).mT
+        n, count, channels = tokens.shape
+        q = self.q(tokens).reshape(n, count, self.num_heads, -1).transpose(1, 2)
+        k, v = self.kv(tokens).reshape(n, -1, 2, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, count, channels)
+        return self.out(mixed).mT.reshape(x.shape)
+
+
 def in_a_stream(block):
     """With a layer before it and behind it."""
     return Graph(lambda n, x: n.fc((F.relu(y := n.a(x)) + n.block(y)).mean((2, 3))),
@@ -81,6 +98,7 @@ def in_a_stream(block):
 BLOCKS = {
     "talking heads": (in_a_stream(TalkingHeads()), {"a": 6, "block.q": 6, "block.before": 2, "block.v": 12}),
     "outlook attention": (in_a_stream(Outlook()), {"a": 6, "block.v": 10}),
+    "one head": (in_a_stream(OneHead()), {"a": 6, "block.q": 6, "block.kv": 12}),
     "rotary by halves": (in_a_stream(Rotary(True)), {"a": 6, "block.qkv": 24}),
     "rotary by neighbours": (in_a_stream(Rotary(False)), {"a": 6, "block.qkv": 24}),
 }
@@ -98,4 +116,25 @@ def test_a_published_block_is_cut_right(name):
     result = compress(model, x, "prune", ratio=0.5, scope="all")
     made = {layer: len(result.model.get_submodule(layer).weight) for layer in widths}
     assert made == widths, found.skipped
-    torch.testing.assert_close(result.model(x), masked(model, result, found.sites)(x), rtol=1e-5, atol=1e-5)
+    silent = masked(model, result, found.sites)
+    for pair, keep in [(pair, result.keep[site.name]) for site in found.sites for pair in site.pairs]:
+        maker = silent.get_submodule(pair.maker)
+        maker.weight[pair.gone(keep)] = maker.bias[pair.gone(keep)] = 0
+    torch.testing.assert_close(result.model(x), silent(x), rtol=1e-5, atol=1e-5)
+
+
+def test_the_same_share_goes_of_each_part_of_a_stream_that_grew():
+    """Whatever their weights say: 16 channels, and 32 that are put beside them and written to by a layer of both."""
+    torch.manual_seed(0)
+    model = Graph(lambda n, x: n.fc((y := torch.cat([y := n.a(x), n.b(y)], 1)).add(n.c(y.relu())).mean((2, 3))),
+                  a=conv(3, 16), b=conv(16, 32), c=conv(48, 48), fc=nn.Linear(48, 4)).eval()  # fmt: skip
+    with torch.no_grad():
+        model.b.weight *= 100
+    small = compress(model, torch.randn(IMAGE), "prune", "l1-norm", ratio=0.5, scope="all").model
+    assert (small.a.out_channels, small.b.out_channels, small.c.out_channels) == (8, 16, 24)
+
+
+def test_a_depthwise_layer_down_to_one_channel_is_still_one():
+    model = nn.Sequential(conv(3, 2), nn.ReLU(), conv(2, 2, groups=2), nn.ReLU(), conv(2, 4)).eval()
+    small = compress(model, torch.randn(IMAGE), ratio=0.5).model
+    assert (small[0].out_channels, small[2].groups, small[4].in_channels) == (1, 1, 1)
