@@ -295,10 +295,18 @@ class Follower:
         """Whether all along `dim` stays or goes together, by what was tied so far, as the channels of whole heads."""
         if len(varying(source)) < 2:
             return constant(source, dim)
-        if self.known_ties != len(self.facts.ties):
+        return constant(self._labels()[compact(source)].expand_as(source), dim)
+
+    def in_order(self, neurons: Tensor) -> Tensor:
+        """Neurons `(n,)`, of which only the number counts, so that those that stay or go as one are side by side."""
+        return neurons[self._labels()[neurons].argsort(stable=True)]
+
+    def _labels(self) -> Tensor:
+        """What stays or goes as one, by what was tied so far: `(neurons + 1,)`."""
+        if (self.known_ties, len(self.same)) != (len(self.facts.ties), self.facts.total + 1):
             self.known_ties = len(self.facts.ties)
             self.same = components(self.facts.total + 1, tied_pairs(self.facts))
-        return constant(self.same[compact(source)].expand_as(source), dim)
+        return self.same
 
     def stop(self, call: Call, reason: str) -> Any:
         """What the call reads can't shrink."""

@@ -285,7 +285,8 @@ def reshape(follower: Follower, call: Call) -> Tensor:
         if measured is not None and len(measured) == result.shape[dim]:
             neurons = follower.settle(result, dim)
             if not torch.equal(neurons.sort().values, measured.sort().values):  # not the same in another order
-                follower.tie(neurons, measured, f"as many as other neurons{where(call.node)}", additive=True)
+                reason = f"as many as other neurons{where(call.node)}"
+                follower.tie(follower.in_order(neurons), follower.in_order(measured), reason, additive=True)
     if not held:
         return result
     size = sizes[free[0] - offset] if len(free) == 1 and 0 <= free[0] - offset < len(sizes) else -1
