@@ -89,6 +89,22 @@ class OneHead(nn.Module):
         return self.out(mixed).mT.reshape(x.shape)
 
 
+class HeadsLast(nn.Module):
+    """The number of channels is the stream's, and heads lie behind the dimensions when they are put together."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_heads = 4
+        self.qkv, self.out = nn.Linear(12, 36), nn.Linear(12, 12)
+
+    def forward(self, x):
+        tokens = x.flatten(2).mT
+        n, count, channels = tokens.shape
+        qkv = self.qkv(tokens).reshape(n, count, 3, self.num_heads, channels // self.num_heads)
+        mixed = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4).unbind(0))
+        return self.out(mixed.permute(0, 2, 3, 1).reshape(n, count, channels)).mT.reshape(x.shape)
+
+
 def in_a_stream(block):
     """With a layer before it and behind it."""
     return Graph(lambda n, x: n.fc((F.relu(y := n.a(x)) + n.block(y)).mean((2, 3))),
@@ -99,6 +115,7 @@ BLOCKS = {
     "talking heads": (in_a_stream(TalkingHeads()), {"a": 6, "block.q": 6, "block.before": 2, "block.v": 12}),
     "outlook attention": (in_a_stream(Outlook()), {"a": 6, "block.v": 10}),
     "one head": (in_a_stream(OneHead()), {"a": 6, "block.q": 6, "block.kv": 12}),
+    "heads last": (in_a_stream(HeadsLast()), {"a": 6, "block.qkv": 18}),
     "rotary by halves": (in_a_stream(Rotary(True)), {"a": 6, "block.qkv": 24}),
     "rotary by neighbours": (in_a_stream(Rotary(False)), {"a": 6, "block.qkv": 24}),
 }
