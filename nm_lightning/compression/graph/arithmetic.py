@@ -42,9 +42,12 @@ def combine(follower: Follower, call: Call) -> Tensor | None:
         return both[0]
     changes = [varying(source) for source in both]
     for this, that in ((0, 1), (1, 0)):
-        # what is broadcast along the neurons, as a mask over space is, asks nothing of them
+        # what is broadcast along the neurons, as a mask over space is, or along heads, asks nothing of their number
         padded = (1,) * (value.ndim - sources[that].ndim) + tuple(sources[that].shape)
-        if changes[this] and not changes[that] and all(padded[dim] == 1 for dim in changes[this]):
+        held = [dim for dim in changes[this] if padded[dim] != 1]
+        if not changes[that] and len(held) < len(changes[this]) and not (held and additive):
+            for dim in held:
+                follower.hold(both[this], dim, f"{call.operation} by a table of its places{where(call.node)}")
             role = _role_with_constant(call, divisor=this == 1)
             if not is_nobodys(both[that]):
                 role = "added to other neurons" if additive else "multiplied by other neurons"
@@ -204,7 +207,7 @@ def _contract(
     for factor in (left, right):
         follower.tie(factor, shrink(factor, dims), "summed over in a matrix product")
     left, right = shrink(left, dims), shrink(right, dims)
-    if follower.shortens(call) and is_nobodys(left) and len(varying(right)) > 1:
+    if follower.shortens(call) and is_nobodys(left) and varying(right):
         mixed = (_by_heads(right, varying(right)[-1]),)
         follower.facts.products.append(Product(call.node, call.node.meta["module"], mixed))
     shape, (left, right) = left.shape, map(compact, (left, right))

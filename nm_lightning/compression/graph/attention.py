@@ -21,9 +21,11 @@ PRODUCTS = {"matmul", "bmm", "einsum", "scaleddotproductattention"}
 LINEAR = {"contiguous", "clone", "detach", "float", "to", "typeas", "size", "dim"}  # of those for each entry
 
 
-def modules_with_heads(facts: Facts) -> Set[str]:
-    """The modules whose code multiplies neurons with neurons."""
-    return {product.module for product in facts.products if product.module is not None}
+def modules_with_heads(facts: Facts, alone: bool) -> Set[str]:
+    """The modules whose code multiplies neurons with neurons; only those with a single head if it is `alone`."""
+    products = [product for product in facts.products if product.module is not None]
+    several = {product.module for product in products if len(product.sides[0]) > 1}
+    return {product.module for product in products} - (several if alone else set())
 
 
 def find_pairs(follower: Follower, facts: Facts) -> list[Pair]:

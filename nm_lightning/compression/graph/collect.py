@@ -15,6 +15,8 @@ from nm_lightning.compression.graph.nodes import operation_at_home
 from nm_lightning.compression.graph.rules import known, taught
 from nm_lightning.compression.structure.sites import NOBODY, Consumer, Member, Pair, Site, Trace
 
+SHARES = 8  # into which a site's cells can be cut, at least: fewer leave too little choice of widths
+
 # All tables here have an entry for each neuron and one more, the last, for nobody: `table[NOBODY]` is it.
 
 
@@ -33,6 +35,7 @@ def collect(facts: Facts, followers: list[Follower], pairs: Sequence[Pair] = ())
     chains = [torch.stack([part[:-1], part[1:]]) for part in (*runs, *facts.chains)]
     apart = [pair[:, (pair != facts.total).all(dim=0)] for pair in ties]
     component = components(facts.total + 1, apart + chains)  # what shrinks together
+    makers = _first_makers(facts, neuron)
     reasons, coupled = _reasons(facts, ties, component), _coupled(facts, apart, component)
 
     members: dict[int, dict[str, list[tuple[str, str]]]] = defaultdict(lambda: defaultdict(list))
@@ -55,6 +58,7 @@ def collect(facts: Facts, followers: list[Follower], pairs: Sequence[Pair] = ())
         number[inside] = numbers  # the site's numbering
 
         cells, unfit = _cells(facts, number, len(classes))
+        cells = cells if unfit else _even(cells, makers[classes])
         own = [renumbered(pair, number) for pair in pairs if component[pair.neurons[0, 0]] == index]
         if not keys["columns"] and not own:
             unfit = "no layer reads its neurons"
@@ -140,7 +144,7 @@ def _cells(facts: Facts, number: Tensor, width: int) -> tuple[Tensor, str]:
             continue
         counts = torch.zeros(width, int(quota.groups.max()) + 1, dtype=torch.long)
         counts.index_put_((own[inside], quota.groups[inside]), torch.tensor(1), accumulate=True)
-        if (counts == counts[:1]).all() and (counts[0] == counts[0, 0]).all():
+        if (counts == counts[:, :1]).all():
             continue  # every neuron has an equal part in each group
         if quota.reason:
             return cells, quota.reason
@@ -150,6 +154,20 @@ def _cells(facts: Facts, number: Tensor, width: int) -> tuple[Tensor, str]:
         _, cells = torch.stack([cells, group]).unique(dim=1, return_inverse=True)
     shares = gcd(*cells.bincount().tolist())  # of each cell the same one goes
     return cells, "its groups have one neuron each, or no share in common" if shares == 1 else ""
+
+
+def _first_makers(facts: Facts, neuron: Tensor) -> Tensor:
+    """For each label of what stays or goes as one, the number of the first block that has a neuron of it."""
+    makers = torch.full_like(neuron, len(facts.blocks))
+    for number, block in reversed(list(enumerate(facts.blocks.values()))):
+        makers[neuron[block]] = number
+    return makers
+
+
+def _even(cells: Tensor, makers: Tensor) -> Tensor:
+    """Where a stream grew by what was put beside it, the same share goes of each part, if the parts allow it."""
+    _, finer = torch.stack([cells, makers]).unique(dim=1, return_inverse=True)
+    return finer if gcd(*finer.bincount().tolist()) >= SHARES else cells
 
 
 def _path(

@@ -27,6 +27,7 @@ from nm_lightning.compression.graph.neurons import (
     is_nobodys,
     lay_along,
     nobody,
+    owned,
     shrink,
     tied_pairs,
     varying,
@@ -269,6 +270,18 @@ class Follower:
                 if len(before) != len(neurons):
                     raise ValueError(f"{member.name} reads {len(neurons)} neurons, not {len(before)}")
                 self.tie(before, neurons, f"{member.name} or its weight is used several times", additive=True)
+        if not member.slots:
+            self._count_alike(member)
+
+    def _count_alike(self, member: Member) -> None:
+        """A number that is an attribute is the same wherever it is read: equally many stay of all that it counts."""
+        for name, divisor in member.counts.items():
+            counted = member.owner[::divisor]  # runs of so many stay or go as one
+            first = self.facts.axes.setdefault((member.name, name), counted)
+            if not torch.equal(first, counted):
+                together = torch.cat([first, counted])
+                self.quota(together, 2)
+                self.facts.chains.append(owned(together))
 
     def settle(self, source: Tensor, dim: int) -> Tensor:
         """The neuron of each position along `dim`; several that share a position are tied."""
@@ -282,10 +295,18 @@ class Follower:
         """Whether all along `dim` stays or goes together, by what was tied so far, as the channels of whole heads."""
         if len(varying(source)) < 2:
             return constant(source, dim)
-        if self.known_ties != len(self.facts.ties):
+        return constant(self._labels()[compact(source)].expand_as(source), dim)
+
+    def in_order(self, neurons: Tensor) -> Tensor:
+        """Neurons `(n,)`, of which only the number counts, so that those that stay or go as one are side by side."""
+        return neurons[self._labels()[neurons].argsort(stable=True)]
+
+    def _labels(self) -> Tensor:
+        """What stays or goes as one, by what was tied so far: `(neurons + 1,)`."""
+        if (self.known_ties, len(self.same)) != (len(self.facts.ties), self.facts.total + 1):
             self.known_ties = len(self.facts.ties)
             self.same = components(self.facts.total + 1, tied_pairs(self.facts))
-        return constant(self.same[compact(source)].expand_as(source), dim)
+        return self.same
 
     def stop(self, call: Call, reason: str) -> Any:
         """What the call reads can't shrink."""

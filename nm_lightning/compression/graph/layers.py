@@ -43,11 +43,13 @@ def convolution(follower: Follower, call: Call) -> Tensor:
     """Whole, grouped or depthwise."""
     layer, transposed = call.layer, isinstance(call.layer, TRANSPOSED)
     dim = call.value.ndim - layer.weight.ndim + 1
-    narrowed = follower.slots(call, 0, "weight")[0][0] in follower.given  # down to one channel a group
-    depthwise = layer.groups == layer.in_channels and not narrowed
+    if follower.before:  # a narrowed one is what it was: a group may be down to one channel, or all to one group
+        depthwise = (call.name, "channels") in follower.before
+    else:
+        depthwise = 1 < layer.groups == layer.in_channels or call.name in follower.facts.as_one
     if layer.groups > 1 and transposed and (layer.out_channels > layer.in_channels or not depthwise):
         return follower.stop(call, "a grouped transposed convolution reads it")
-    if (layer.groups > 1 and depthwise) or call.name in follower.facts.as_one:
+    if depthwise:
         return _each_group_for_itself(follower, call, dim)
     rows, columns = (1, 0) if transposed else (0, 1)
     follower.read(call, follower.slots(call, columns, "weight"), dim, {"in_channels": 1}, layer.groups)

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from nm_lightning.compression.graph.follow import Follower
-from nm_lightning.compression.graph.neurons import along, canonical, constant, shrink, varying
+from nm_lightning.compression.graph.neurons import along, canonical, constant, lay_along, shrink, varying
 from nm_lightning.compression.graph.nodes import where
 from nm_lightning.compression.graph.rules import Call, rule
 from nm_lightning.compression.structure.sites import Member
@@ -134,6 +134,26 @@ def repeat(follower: Follower, call: Call) -> Tensor | None:
         return None
     follower.roles[call.node] = "move"
     return canonical(call.source.repeat_interleave(repeats, dim))
+
+
+@rule("unfold")
+def unfold(follower: Follower, call: Call) -> Tensor | None:
+    """Windows of an image, `(N, C, ...)` to `(N, C x places in a window, windows)`."""
+    if call.node.op == "call_method":  # a tensor's own, along any dimension
+        return None
+    follower.roles[call.node] = "move"
+    neurons = follower.settle(call.source, 1).repeat_interleave(call.value.shape[1] // call.source.shape[1])
+    return neurons[:, None].expand_as(call.value)
+
+
+@rule("fold")
+def fold(follower: Follower, call: Call) -> Tensor:
+    """The windows' sum: the places of a channel are one neuron's."""
+    places = call.source.shape[-2] // call.value.shape[-3]
+    runs = follower.settle(call.source, -2).view(-1, places)
+    follower.tie(runs, runs[:, :1], f"summed over windows{where(call.node)}")
+    follower.roles[call.node] = "scale"
+    return lay_along(runs[:, 0], call.value.ndim - 3, call.value.ndim).expand_as(call.value)
 
 
 @rule("channelshuffle")
@@ -265,7 +285,8 @@ def reshape(follower: Follower, call: Call) -> Tensor:
         if measured is not None and len(measured) == result.shape[dim]:
             neurons = follower.settle(result, dim)
             if not torch.equal(neurons.sort().values, measured.sort().values):  # not the same in another order
-                follower.tie(neurons, measured, f"as many as other neurons{where(call.node)}", additive=True)
+                reason = f"as many as other neurons{where(call.node)}"
+                follower.tie(follower.in_order(neurons), follower.in_order(measured), reason, additive=True)
     if not held:
         return result
     size = sizes[free[0] - offset] if len(free) == 1 and 0 <= free[0] - offset < len(sizes) else -1
@@ -307,12 +328,6 @@ def _cut_into_heads(follower: Follower, call: Call, result: Tensor, size: list) 
         follower.freeze(result, f"reshaped to heads whose length is a number{where(call.node)}")
     names = ([*before.counts] if before is not None else names) if told else []
     follower.see(call, Member(owner, "channels", [], dict.fromkeys(names, 1), heads[0]), f" at {call.node.name}")
-    for name in names:  # one number for all
-        first = follower.facts.axes.setdefault((owner, name), heads.flatten())
-        if not torch.equal(first, heads.flatten()):
-            together = torch.cat([first, heads.flatten()])
-            follower.quota(together, 2)
-            follower.facts.chains.append(together)
     return True
 
 
@@ -367,7 +382,11 @@ def _sizes(call: Call, ndim: int) -> tuple[list, int]:
 
 
 def _measured(follower: Follower, size: Any) -> Tensor | None:
-    """The neurons `(n,)` along the dimension whose length a size in the graph is; None if it is no such length."""
+    """The neurons `(n,)` along the dimension whose length, or a multiple of it, a size in the graph is; else None."""
+    if isinstance(size, fx.Node) and size.target is operator.mul and any(isinstance(each, int) for each in size.args):
+        length, times = size.args if isinstance(size.args[1], int) else size.args[::-1]
+        neurons = _measured(follower, length)
+        return None if neurons is None else neurons.repeat_interleave(times)
     axis = _axis(follower, size)
     return None if axis is None or follower.whole(*axis) else follower.settle(*axis)
 
@@ -395,15 +414,28 @@ def _told_by_attributes(
     choices = {}
     for dim in dims if before is None else told:
         names = _attributes(follower, call, result.shape[dim]) + [f"{name}[{dim - offset}]" for name in lists]
-        choices[dim] = [name for name in names if before is None or name in before.counts]
-    choices = {dim: names for dim, names in choices.items() if names}
+        counts = dict.fromkeys(names, 1) or _whole_heads(follower, call, result.shape[dim])
+        choices[dim] = {
+            name: each for name, each in counts.items() if before is None or before.counts.get(name) == each
+        }
+    choices = {dim: counts for dim, counts in choices.items() if counts}
     if not choices:
         return []
     whole = [dim for dim, names in choices.items() if any("head" in n and "dim" not in n for n in names)]
     if heads and not whole:
         return []
     dim = whole[-1] if whole else next(iter(choices))  # (3, heads, ...): a literal 3 comes first
-    counts = dict.fromkeys(choices[dim], 1)
-    member = Member(owner, "channels", [], counts, along(result, dim))
-    follower.see(call, member, at)
+    neurons = along(result, dim)
+    for length in choices[dim].values():
+        runs = neurons.view(-1, length)
+        follower.tie(runs, runs[:, :1].expand_as(runs), f"reshaped to whole heads{where(call.node)}")
+    follower.see(call, Member(owner, "channels", [], choices[dim], neurons), at)
     return [dim]
+
+
+def _whole_heads(follower: Follower, call: Call, size: int) -> dict[str, int]:
+    """The module's attribute that is a number of heads, with that of their length, whose product a size is."""
+    module = follower.module_named(call.node.meta["module"])
+    numbers = {name: value for name, value in vars(module).items() if type(value) is int and value > 1}
+    pairs = [(first, second) for first in numbers for second in numbers if numbers[first] * numbers[second] == size]
+    return {heads: numbers[length] for heads, length in pairs if "head" in heads and "dim" not in heads != length}

@@ -30,7 +30,8 @@ def trace(model: nn.Module, example_input: Inputs, scope: str = "hidden", attent
         example_input: a batch that `model` accepts: a tensor, a tuple of inputs, or a dictionary of inputs by name.
             Only shapes and dtypes matter.
         scope: `hidden` for neurons inside a block, `all` for residual streams too.
-        attention: `heads` for fewer of them; `dimensions` for shorter ones where they can be turned, see `Pair`.
+        attention: `heads` for fewer of them; `dimensions` for shorter ones where they can be turned, see `Pair`. A
+            single head gets shorter either way.
 
     Returns:
         The sites, and the layers that can't be compressed with the reason why.
@@ -49,13 +50,12 @@ def trace(model: nn.Module, example_input: Inputs, scope: str = "hidden", attent
     check_inputs(example_input)
     check_network(model)
     found, facts, shorter = _find(model, example_input, scope, frozenset())
-    if attention == "dimensions":
-        shorter = modules_with_heads(facts)
-        while shorter:
-            other, _, turned = _find(model, example_input, scope, shorter)
-            if turned == shorter:
-                return other
-            shorter = shorter & turned
+    shorter = modules_with_heads(facts, alone=attention == "heads")
+    while shorter:
+        other, _, turned = _find(model, example_input, scope, shorter)
+        if turned == shorter:
+            return other
+        shorter = shorter & turned
     return found
 
 
@@ -81,7 +81,7 @@ def _find(model: nn.Module, example_input: Inputs, scope: str, shorter: Set[str]
     try_out(model, hollow, example, facts, found)
     if scope == "hidden":
         _leave_coupled(found)
-    pairs = [pair for site in found.sites if not site.coupled for pair in site.pairs]
+    pairs = [pair for site in found.sites for pair in site.pairs if not site.coupled or len(pair.neurons) == 1]
     return found, facts, turned(pairs, facts, followers[0])
 
 
