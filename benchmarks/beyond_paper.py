@@ -41,18 +41,21 @@ CELLS = {
     "efficientnet_lite0": (0.25, 0.5),
 }
 # label: settings of `compress`, calibration
+NORM = {"criterion": "l2-norm"}
 METHODS = {
     "prune": ({"method": "prune"}, None),
     "merge": ({"method": "merge"}, None),
     "fold": ({"method": "fold"}, None),
-    "channel": ({"method": "reconstruct", "reconstruction": "channel"}, "data"),
-    "reconstruct": ({"method": "reconstruct"}, "data"),
+    "channel": ({"method": "reconstruct", "reconstruction": "channel", **NORM}, "data"),
+    "reconstruct": ({"method": "reconstruct", **NORM}, "data"),
     "reconstruct, output": ({"method": "reconstruct", "criterion": "output"}, "data"),
-    "reconstruct, synthetic": ({"method": "reconstruct"}, "synthetic"),
-    "reconstruct, refit": ({"method": "reconstruct", "refit": 2}, "data"),
-    "reconstruct, refit, synthetic": ({"method": "reconstruct", "refit": 2}, "synthetic"),
-    "reconstruct, equal parameters": ({"method": "reconstruct"}, "data"),  # as many as the cell's widths leave, and
-    "reconstruct, equal MACs": ({"method": "reconstruct"}, "data"),  # shared between the sites by measured error
+    "reconstruct, auto": ({"method": "reconstruct"}, "data"),  # the default: `output` is looked at where it may pay
+    "reconstruct, synthetic": ({"method": "reconstruct", **NORM}, "synthetic"),
+    "reconstruct, refit": ({"method": "reconstruct", "refit": 2, **NORM}, "data"),
+    "reconstruct, refit, horizon 3": ({"method": "reconstruct", "refit": 2, "refit_horizon": 3, **NORM}, "data"),
+    "reconstruct, refit, synthetic": ({"method": "reconstruct", "refit": 2, **NORM}, "synthetic"),
+    "reconstruct, equal parameters": ({"method": "reconstruct", **NORM}, "data"),  # as many as the widths leave, and
+    "reconstruct, equal MACs": ({"method": "reconstruct", **NORM}, "data"),  # shared between the sites by error
     "effort best": ({"effort": "best"}, "data"),  # widths by cost where held-out images agree, output, refit 2
 }
 

@@ -80,7 +80,10 @@ class Reconstruct(Method):
         original = turned(subject, [site for site, _, _ in shrinking], keeps)
         solved = with_data(original)
         sites = [site for site, _, _ in shrinking]
-        errors, refused = reconstruct(original, solved, sites, keeps, subject.batches, ridge, ranks=subject.ranks)
+        real = not subject.calibration.synthetic  # halves of synthetic images say each other, not the data
+        errors, refused = reconstruct(
+            original, solved, sites, keeps, subject.batches, ridge, ranks=subject.ranks, validate=real
+        )
         for site, row, _ in shrinking:
             names = [consumer.name for consumer in site.consumers]
             row.error = max((errors[name] for name in names if name in errors), default=None)
@@ -120,6 +123,7 @@ def reconstruct(
     ridge: float = 1e-3,
     rectify: int = 2,
     ranks: Ranks = ALONE,
+    validate: bool = True,
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Solve all layers behind the removed neurons.
 
@@ -133,6 +137,7 @@ def reconstruct(
         ridge: what is added to the diagonal of each layer's Gram matrix, as a share of the diagonal's mean.
         rectify: rounds of least squares in which an output below a ReLU's threshold may stay below it.
         ranks: that each have a share of the images.
+        validate: whether the ridge of a layer that has few images is chosen by halves of them, see `validated`.
 
     Returns:
         By layer, the share of the original output's energy that is still missing; and by layer the reason why it
@@ -171,7 +176,7 @@ def reconstruct(
     for task in progress(tasks, "reconstructing"):
         pending.discard(task.node)
         join = find_join(task.node, original, pending, shapes, again)
-        errors[task.layer] = solve_layer(task, join, wide, wanted, found, ridge, rectify, int(images), ranks)
+        errors[task.layer] = solve_layer(task, join, wide, wanted, found, ridge, rectify, int(images), ranks, validate)
     for module in switched:
         module.inplace = True
     return errors, refused
@@ -221,6 +226,7 @@ def solve_layer(
     rectify: int,
     images: int,
     ranks: Ranks = ALONE,
+    validate: bool = True,
 ) -> float:
     """Regress the gap at the join on what the layer reads, and add the coefficients to its weight; the share left.
 
@@ -235,7 +241,7 @@ def solve_layer(
     samples = Held(lambda: looked_at(task, join, layer, solved, wanted, found, images, ranks), found.memory)
     halves, energy = normal_equations(samples, ranks)
     gram, cross, missing = (first + second for first, second in zip(*halves, strict=True))
-    if join.limit is None or not task.stays.all():
+    if validate and (join.limit is None or not task.stays.all()):  # what lost nothing would fall silent
         ridge = validated(ridge, halves, samples, join.limit, ranks)
     penalty = ridge_of(gram, ridge)
     factor = factorise(gram, penalty)
