@@ -80,9 +80,9 @@ class Reconstruct(Method):
         original = turned(subject, [site for site, _, _ in shrinking], keeps)
         solved = with_data(original)
         sites = [site for site, _, _ in shrinking]
-        real = not subject.calibration.synthetic  # halves of synthetic images say each other, not the data
+        halves = not subject.calibration.drawn  # those of drawn images say each other, and little of the data
         errors, refused = reconstruct(
-            original, solved, sites, keeps, subject.batches, ridge, ranks=subject.ranks, validate=real
+            original, solved, sites, keeps, subject.batches, ridge, ranks=subject.ranks, validate=halves
         )
         for site, row, _ in shrinking:
             names = [consumer.name for consumer in site.consumers]
