@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from nm_lightning import compress
+from nm_lightning.compression.methods import reconstruct as reconstructing
 from nm_lightning.compression.statistics.adapted import adapted, given_back
 from nm_lightning.compression.statistics.calibration import Calibration
 from nm_lightning.compression.structure.copies import with_data
@@ -75,12 +76,13 @@ def test_duplicated_neurons_are_removed_without_loss_whatever_the_images():
     assert torch.allclose(result.model(unseen), model(unseen), atol=1e-3)
 
 
-def test_the_ridge_on_synthetic_images_is_ten_times_as_large():
+def test_the_ridge_on_drawn_images_is_ten_times_as_large_and_never_larger(monkeypatch):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(300, 12), nn.ReLU(), nn.Linear(12, 5))
     images = torch.cat(Calibration("synthetic", EXAMPLE, 40, model=model, steps=10).batches)
     settings = {"ratio": 0.5, "calibration_size": 40}
     result = compress(model, EXAMPLE, "reconstruct", **settings, calibration="synthetic")
+    monkeypatch.setattr(reconstructing, "LARGER", 0)  # forty real images would get another
     real = compress(model, EXAMPLE, "reconstruct", **settings, calibration=images, ridge=1e-2)
     for name, value in result.model.state_dict().items():
         assert torch.equal(value, real.model.state_dict()[name])
