@@ -32,9 +32,14 @@ def cost(model: nn.Module, example_input: Inputs) -> Cost:
     from torch.utils.flop_counter import FlopCounterMode  # it brings Triton along
 
     constants = {name: tensor.detach() for name, tensor in model.named_parameters()}
-    with modes_kept(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model.eval()
-        functional_call(
-            model, constants, *arguments(first(example_input, 1))
-        )  # the counter trips over a parameter that is an input
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # the counter sees nothing of nn.MultiheadAttention's one operation
+    try:
+        with modes_kept(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model.eval()
+            functional_call(
+                model, constants, *arguments(first(example_input, 1))
+            )  # the counter trips over a parameter that is an input
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
     return Cost(sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2)
