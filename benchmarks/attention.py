@@ -11,27 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nm_lightning import compress
+from nm_lightning import compress, trace
 from nm_lightning.cli.sources import Asked, open_source
-from nm_lightning.compression.methods.attention import queries_and_keys
+from nm_lightning.compression.methods.attention import moments_of, queries_and_keys, turn
+from nm_lightning.compression.statistics.ranks import ALONE
 from nm_lightning.measure import evaluate
-
-
-def moments(network: nn.Module, images: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """By block, the second moments of queries, and of keys less their mean over each image, `(heads, d, d)`."""
-    found = []
-
-    def made(layer: nn.Module, args: tuple, output: Tensor) -> None:
-        heads = len(output[0, 0]) // 96
-        query, key, _ = output.double().unflatten(-1, (3, heads, 32)).unbind(2)
-        key = key - key.mean(1, keepdim=True)
-        found.append(tuple(torch.einsum("nthi,nthj->hij", each, each) / len(images) for each in (query, key)))
-
-    handles = [block.attention.qkv.register_forward_hook(made) for block in network.blocks]
-    network(images)
-    for handle in handles:
-        handle.remove()
-    return found
 
 
 def pruned(queries: Tensor, keys: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -68,7 +52,6 @@ def main() -> None:
     """Measure and print."""
     source = open_source(Asked("vit_fashion_mnist"))
     network, data = source.network.eval(), source.loaders.data
-    network = getattr(network, "model", network)
     test = data.splits["test"]
     images, labels = data.normalise(test.images), test.labels
     seen = data.calibration_images("data", 1024, 0)
@@ -81,18 +64,19 @@ def main() -> None:
 
     print("| what shrinks | ratio | how | accuracy % | nats an image |\n| --- | --- | --- | ---: | ---: |")
     row("nothing", 0, "", network)
-    found = moments(network, seen)
+    sites = trace(network, seen[:1], attention="dimensions").sites
+    pairs = [pair for site in sites for pair in site.pairs if not pair.dim]
+    found = moments_of(network, pairs, [seen], ALONE)
     original = {name: value.clone() for name, value in network.state_dict().items()}
     for ratio in (0.25, 0.5, 0.75):
         for how, name in ((pruned, "cut"), (selected, "selected, as CORP"), (singular, "singular vectors")):
-            for block, (queries, keys) in zip(network.blocks, found, strict=True):
-                layer = block.attention.qkv
-                for head in range(block.attention.heads):
-                    pair = how(queries[head], keys[head], 32 - int(32 * ratio))
-                    for part, matrix in enumerate(pair):
-                        rows = slice(start := part * len(layer.weight) // 3 + 32 * head, start + 32)
-                        for tensor in (layer.weight, layer.bias):
-                            tensor[rows] = (matrix.T @ tensor[rows].double()).to(tensor)
+            for pair in pairs:
+                rank = pair.rows.shape[1] - int(ratio * pair.rows.shape[1])
+                heads = [how(*sides, rank) for sides in zip(*found[pair.maker, pair.other], strict=True)]
+                ours, theirs = map(torch.stack, zip(*heads, strict=True))
+                for tensor in network.get_submodule(pair.maker).parameters():
+                    turn(tensor, pair.rows, ours)
+                    turn(tensor, pair.places, theirs)
             row("queries and keys", ratio, name, network)
             network.load_state_dict(original)
     for ratio in (0.25, 0.5):

@@ -40,8 +40,8 @@ CELLS = {
     "vgg16": ("published widths", "half the published"),
     "efficientnet_lite0": (0.25, 0.5),
 }
-# label: settings of `compress`, calibration
 NORM = {"criterion": "l2-norm"}
+# label: settings of `compress`, calibration
 METHODS = {
     "prune": ({"method": "prune"}, None),
     "merge": ({"method": "merge"}, None),

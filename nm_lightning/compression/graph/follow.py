@@ -328,6 +328,12 @@ class Follower:
         if len(pairs):
             self.facts.ties.append(Tie(pairs // base - 1, pairs % base - 1, reason, additive))
 
+    def tie_runs(self, neurons: Tensor, length: int, reason: str) -> Tensor:
+        """Each run of so many of `neurons` `(n,)` can only be removed together; the first of each `(n / length,)`."""
+        runs = neurons.view(-1, length)
+        self.tie(runs, runs[:, :1], reason)
+        return runs[:, 0]
+
     def hold(self, neurons: Tensor, dim: int, reason: str) -> None:
         """The length along `dim` stays: what is left out is left out at all of its places alike, or nothing is."""
         if constant(neurons, dim):
@@ -363,8 +369,8 @@ class Follower:
         if size.target is operator.floordiv and self._counts_heads(size):
             for neurons, dim in self.measured(size.args[0]):
                 if not constant(neurons, dim):
-                    runs = self.settle(neurons, dim).view(size.args[1], -1)
-                    self.tie(runs, runs[:, :1].expand_as(runs), reason)
+                    runs = self.settle(neurons, dim)
+                    self.tie_runs(runs, len(runs) // size.args[1], reason)
         elif size.op == "call_function" and isinstance(self.recorder.values.get(size), (int, float)):
             for source in size.all_input_nodes:
                 self._hold_measured(source, reason)

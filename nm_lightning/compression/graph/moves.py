@@ -150,10 +150,10 @@ def unfold(follower: Follower, call: Call) -> Tensor | None:
 def fold(follower: Follower, call: Call) -> Tensor:
     """The windows' sum: the places of a channel are one neuron's."""
     places = call.source.shape[-2] // call.value.shape[-3]
-    runs = follower.settle(call.source, -2).view(-1, places)
-    follower.tie(runs, runs[:, :1], f"summed over windows{where(call.node)}")
+    source = follower.settle(call.source, -2)
+    neurons = follower.tie_runs(source, places, f"summed over windows{where(call.node)}")
     follower.roles[call.node] = "scale"
-    return lay_along(runs[:, 0], call.value.ndim - 3, call.value.ndim).expand_as(call.value)
+    return lay_along(neurons, call.value.ndim - 3, call.value.ndim).expand_as(call.value)
 
 
 @rule("channelshuffle")
@@ -427,8 +427,7 @@ def _told_by_attributes(
     dim = whole[-1] if whole else next(iter(choices))  # (3, heads, ...): a literal 3 comes first
     neurons = along(result, dim)
     for length in choices[dim].values():
-        runs = neurons.view(-1, length)
-        follower.tie(runs, runs[:, :1].expand_as(runs), f"reshaped to whole heads{where(call.node)}")
+        follower.tie_runs(neurons, length, f"reshaped to whole heads{where(call.node)}")
     follower.see(call, Member(owner, "channels", [], choices[dim], neurons), at)
     return [dim]
 
@@ -436,6 +435,7 @@ def _told_by_attributes(
 def _whole_heads(follower: Follower, call: Call, size: int) -> dict[str, int]:
     """The module's attribute that is a number of heads, with that of their length, whose product a size is."""
     module = follower.module_named(call.node.meta["module"])
-    numbers = {name: value for name, value in vars(module).items() if type(value) is int and value > 1}
+    held = vars(module).items() if module is not None else ()
+    numbers = {name: value for name, value in held if type(value) is int and value > 1}
     pairs = [(first, second) for first in numbers for second in numbers if numbers[first] * numbers[second] == size]
     return {heads: numbers[length] for heads, length in pairs if "head" in heads and "dim" not in heads != length}

@@ -26,6 +26,7 @@ from nm_lightning.compression.statistics.patches import (
     gram_of,
     places_of,
     read_patches,
+    ridge_of,
 )
 from nm_lightning.compression.statistics.ranks import ALONE, Ranks
 from nm_lightning.compression.statistics.runs import (
@@ -41,7 +42,7 @@ from nm_lightning.compression.statistics.subject import Subject
 from nm_lightning.compression.structure.columns import add_columns, add_constant, silence, silence_rows
 from nm_lightning.compression.structure.copies import evaluated, with_data
 from nm_lightning.compression.structure.decomposition import Decomposition
-from nm_lightning.compression.structure.inputs import Inputs, length, tensors_in
+from nm_lightning.compression.structure.inputs import Inputs, length
 from nm_lightning.compression.structure.operations import CONVOLUTIONS, SOLVABLE
 from nm_lightning.compression.structure.plan import named_tensors
 from nm_lightning.compression.structure.sites import Site
@@ -80,9 +81,9 @@ class Reconstruct(Method):
         original = turned(subject, [site for site, _, _ in shrinking], keeps)
         solved = with_data(original)
         sites = [site for site, _, _ in shrinking]
-        halves = not subject.calibration.drawn  # those of drawn images say each other, and little of the data
+        validate = not subject.calibration.drawn  # halves of drawn images say each other, and little of the data
         errors, refused = reconstruct(
-            original, solved, sites, keeps, subject.batches, ridge, ranks=subject.ranks, validate=halves
+            original, solved, sites, keeps, subject.batches, ridge, ranks=subject.ranks, validate=validate
         )
         for site, row, _ in shrinking:
             names = [consumer.name for consumer in site.consumers]
@@ -169,14 +170,13 @@ def reconstruct(
     switched = without_in_place(graph, original, wide)
     wanted, found = Run(original, graph, batches), Run(wide, graph, batches)
     found.norms = narrow_norms(original, sites, keeps)
-    device = tensors_in(batches[0])[0].device
-    (images,) = ranks.total(torch.tensor(sum(length(batch) for batch in batches), device=device))
+    images = ranks.images(batches)
     pending = {task.node for task in tasks}
     errors = {}
     for task in progress(tasks, "reconstructing"):
         pending.discard(task.node)
         join = find_join(task.node, original, pending, shapes, again)
-        errors[task.layer] = solve_layer(task, join, wide, wanted, found, ridge, rectify, int(images), ranks, validate)
+        errors[task.layer] = solve_layer(task, join, wide, wanted, found, ridge, rectify, images, ranks, validate)
     for module in switched:
         module.inplace = True
     return errors, refused
@@ -239,10 +239,11 @@ def solve_layer(
     alive = (scale.abs() > DEAD * scale.abs().max()) & task.rows.to(scale.device)
     solved = alive.nonzero().flatten() if groups == 1 else torch.arange(out, device=scale.device)
     samples = Held(lambda: looked_at(task, join, layer, solved, wanted, found, images, ranks), found.memory)
-    halves, energy = normal_equations(samples, ranks)
-    gram, cross, missing = (first + second for first, second in zip(*halves, strict=True))
-    if validate and (join.limit is None or not task.stays.all()):  # what lost nothing would fall silent
-        ridge = validated(ridge, halves, samples, join.limit, ranks)
+    halves = validate and (join.limit is None or not task.stays.all())  # what lost nothing would fall silent
+    parts = normal_equations(samples, 2 if halves else 1, ranks)
+    gram, cross, missing, energy = map(sum, zip(*parts, strict=True))
+    if halves:
+        ridge = validated(ridge, parts, samples, join.limit, ranks)
     penalty = ridge_of(gram, ridge)
     factor = factorise(gram, penalty)
     total = torch.cholesky_solve(cross, factor)
@@ -263,35 +264,24 @@ def solve_layer(
     return share
 
 
-def normal_equations(samples: Held, ranks: Ranks) -> tuple[list[tuple[Tensor, ...]], Tensor]:
-    """Of each half of the images, over all ranks, what least squares need; and the energy of the targets.
+def normal_equations(samples: Held, parts: int, ranks: Ranks) -> list[tuple[Tensor, ...]]:
+    """Of each of so many parts of the images, over all ranks, what least squares need.
 
     Returns:
-        For each half the Gram matrix `(groups, p, p)` of what is read, its products with the gap `(groups, p, out)`,
-        and the gap's energy; all in float64.
+        For each part the Gram matrix `(groups, p, p)` of what is read, its products with the gap `(groups, p, out)`,
+        the gap's energy and the targets'; all in float64.
     """
-    sums, energy = [], torch.zeros((), dtype=torch.float64)
-    for patches, target, value in samples:
-        gap, energy = target - value, energy.to(target.device) + target.square().sum(dtype=torch.float64)
-        new = [
-            each
-            for read, lack in zip(patches.tensor_split(2, dim=1), gap.tensor_split(2, dim=1), strict=True)
-            for each in (
-                gram_of(read),
-                (read.transpose(1, 2) @ lack).double(),
-                lack.square().sum(dtype=torch.float64),
-            )
-        ]
-        sums = [old.add_(own) for old, own in zip(sums, new, strict=True)] if sums else new
-    *sums, energy = ranks.total(*sums, energy)
-    return [tuple(sums[:3]), tuple(sums[3:])], energy
-
-
-def ridge_of(gram: Tensor, ridge: float) -> Tensor:
-    """What is added to the diagonal `(p,)`: a share of its mean; nothing to the constant's, the last."""
-    penalty = (ridge * gram.diagonal(dim1=1, dim2=2)[:, :-1].mean()).expand(gram.shape[1]).clone()
-    penalty[-1] = 0
-    return penalty
+    sums = []
+    for each in samples:
+        split = (tensor.tensor_split(parts, dim=1) for tensor in each)
+        new = []
+        for read, wanted, own in zip(*split, strict=True):
+            gap = wanted - own
+            energies = (values.square().sum(dtype=torch.float64) for values in (gap, wanted))
+            new += [gram_of(read), (read.transpose(1, 2) @ gap).double(), *energies]
+        sums = [old.add_(more) for old, more in zip(sums, new, strict=True)] if sums else new
+    sums = ranks.total(*sums)
+    return [tuple(sums[first : first + 4]) for first in range(0, len(sums), 4)]
 
 
 def validated(
@@ -302,15 +292,15 @@ def validated(
     Where there are fewer than half of `ENOUGH` positions for each unknown; elsewhere the ridge hardly counts. It is
     increased while that helps. Behind a rectifier only what passes it counts.
     """
-    counts, width = [float(gram[0, -1, -1]) for gram, _, _ in halves], halves[0][0].shape[1]
+    counts, width = [float(gram[0, -1, -1]) for gram, *_ in halves], halves[0][0].shape[1]
     if not min(counts) or sum(counts) >= ENOUGH * width / 2:
         return ridge
 
     def lost(ridge: float) -> float:
-        solved = [torch.cholesky_solve(cross, factorise(gram, ridge_of(gram, ridge))) for gram, cross, _ in halves]
+        solved = [torch.cholesky_solve(cross, factorise(gram, ridge_of(gram, ridge))) for gram, cross, *_ in halves]
         left = torch.zeros((), dtype=torch.float64, device=solved[0].device)
         if limit is None:
-            for (gram, cross, missing), change in zip(halves[::-1], solved, strict=True):
+            for (gram, cross, missing, _), change in zip(halves[::-1], solved, strict=True):
                 left += missing - 2 * (change * cross).sum() + (change * (gram @ change)).sum()
             return float(left)
         for patches, target, value in samples:

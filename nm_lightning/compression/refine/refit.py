@@ -20,15 +20,10 @@ from nm_lightning.compression.settings import Refinement, setting, whole
 from nm_lightning.compression.statistics.joins import find_join
 from nm_lightning.compression.statistics.predictions import divergence
 from nm_lightning.compression.statistics.ranks import ALONE, Ranks
-from nm_lightning.compression.statistics.runs import (
-    Run,
-    recorded,
-    used_again,
-    without_in_place,
-)
+from nm_lightning.compression.statistics.runs import Run, recorded, used_again, without_in_place
 from nm_lightning.compression.statistics.subject import Subject
 from nm_lightning.compression.structure.copies import duplicate, evaluated, plain_copy, with_data
-from nm_lightning.compression.structure.inputs import Inputs, first, length, tensors_in
+from nm_lightning.compression.structure.inputs import Inputs, first, tensors_in
 from nm_lightning.compression.structure.operations import CONVOLUTIONS
 from nm_lightning.compression.structure.plan import Plan, replace_tensors
 from nm_lightning.compression.structure.sites import Site
@@ -123,8 +118,7 @@ def refit(
     wanted, found = (Run(network, graph, batches) for network, graph in zip((original, fitted), graphs, strict=True))
     windows, refused = find_windows(sites, plan, wanted, found, ranks.first(len(tensors_in(batches[0])[0])))
     if horizon:
-        (images,) = ranks.total(torch.tensor(sum(map(length, batches)), device=tensors_in(batches[0])[0].device))
-        look_ahead([window for _, window in windows], horizon, int(images), found)
+        look_ahead([window for _, window in windows], horizon, ranks.images(batches), found)
     errors = {}
     for name, window in progress(windows, "refitting"):
         errors[name] = window.solve(rounds, ranks)
@@ -216,9 +210,10 @@ def look_ahead(windows: Sequence[Window], horizon: int, images: int, found: Run)
             for end in ends
             if end.node in behind and values[end.node][0].numel() * images >= ENOUGH * parameters
         ]
-        window.compare([*own[number], *ends])
-        if window.obstacle(values):
-            window.compare(own[number])
+        if ends:
+            window.compare([*own[number], *ends])
+            if window.obstacle(values):
+                window.compare(own[number])
 
 
 def reached(start: fx.Node) -> set[fx.Node]:

@@ -25,12 +25,7 @@ from nm_lightning.compression.statistics.patches import (
     read_patches,
 )
 from nm_lightning.compression.statistics.ranks import ALONE, Ranks
-from nm_lightning.compression.statistics.runs import (
-    MEMORY,
-    Run,
-    Tensors,
-    per_row,
-)
+from nm_lightning.compression.statistics.runs import MEMORY, Run, Tensors, per_row
 from nm_lightning.compression.structure.inputs import tensors_in
 from nm_lightning.compression.structure.operations import BATCH_NORMS, CONVOLUTIONS, SOLVABLE
 

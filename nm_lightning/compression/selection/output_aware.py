@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from nm_lightning.compression.selection.criteria import L2Norm
 from nm_lightning.compression.settings import Criterion, Method
-from nm_lightning.compression.statistics.patches import factorise, read_patches
+from nm_lightning.compression.statistics.patches import factorise, read_patches, ridge_of
 from nm_lightning.compression.statistics.predictions import check_logits, divergence
 from nm_lightning.compression.statistics.ranks import ALONE, Ranks
 from nm_lightning.compression.statistics.subject import Subject
@@ -162,9 +162,8 @@ class Watch:
             weight = weight.permute(2, 1, 0).flatten(0, 1)
             rows = (rows[:, None, :] + self.columns * torch.arange(self.taps, device=rows.device)[:, None]).flatten(1)
         weight = torch.cat([weight, weight.new_zeros(1, weight.shape[1])])
-        penalty = (ridge * self.gram.diagonal()[:-1].mean()).expand(len(weight)).clone()
-        penalty[-1] = 0
-        (inverse,) = torch.cholesky_inverse(factorise(self.gram[None], penalty))
+        gram = self.gram[None]
+        (inverse,) = torch.cholesky_inverse(factorise(gram, ridge_of(gram, ridge)))
         return inverse * self.images, weight, rows
 
 

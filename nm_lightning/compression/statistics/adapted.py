@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from nm_lightning.compression.statistics.ranks import ALONE, Ranks
 from nm_lightning.compression.statistics.runs import Run, recorded, used_again
 from nm_lightning.compression.structure.copies import duplicate, evaluated, with_data
-from nm_lightning.compression.structure.inputs import Inputs, length, tensors_in
+from nm_lightning.compression.structure.inputs import Inputs
 from nm_lightning.compression.structure.operations import BATCH_NORMS
 from nm_lightning.compression.structure.plan import Plan, named_tensors, replace_tensors, sliced
 
@@ -27,7 +27,7 @@ def adapted(model: nn.Module, batches: Sequence[Inputs], ranks: Ranks = ALONE) -
     own = with_data(evaluated(model))
     graph, batches = recorded(own, batches)
     run, again, found = Run(own, graph, batches), used_again(graph, own), {}
-    (images,) = ranks.total(torch.tensor(sum(map(length, batches)), device=tensors_in(batches[0])[0].device))
+    images = ranks.images(batches)
     for node in list(graph.nodes):
         norm = own.get_submodule(node.target) if node.op == "call_module" else None
         if not isinstance(norm, BATCH_NORMS) or norm.running_var is None or node.target in again:

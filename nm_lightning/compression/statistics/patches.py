@@ -169,3 +169,10 @@ def factorise(gram: Tensor, penalty: Tensor) -> Tensor:
         if not info.any():
             return factor
     raise ArithmeticError("calibration statistics are not finite")
+
+
+def ridge_of(gram: Tensor, ridge: float) -> Tensor:
+    """What is added to the diagonal `(p,)`: a share of its mean; nothing to the constant's, the last."""
+    penalty = (ridge * gram.diagonal(dim1=1, dim2=2)[:, :-1].mean()).expand(gram.shape[1]).clone()
+    penalty[-1] = 0
+    return penalty

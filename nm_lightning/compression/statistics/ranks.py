@@ -1,10 +1,12 @@
 """Several processes that compress together: each has its share of the images, all end with the same network."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from nm_lightning.compression.structure.inputs import Inputs, length, tensors_in
 from nm_lightning.errors import RankLost
 
 
@@ -37,6 +39,11 @@ class Ranks:
             return [reduce(tensor.clone().contiguous(), reduce_op="sum") for tensor in tensors]
         except RuntimeError as error:
             raise RankLost(error) from error
+
+    def images(self, batches: Sequence[Inputs]) -> int:
+        """How many images all ranks' batches have."""
+        (count,) = self.total(torch.tensor(sum(map(length, batches)), device=tensors_in(batches[0])[0].device))
+        return int(count)
 
     def first(self, value: Any) -> Any:
         """What rank 0 has: tensors on the CPU, or containers of them.

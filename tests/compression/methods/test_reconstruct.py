@@ -84,7 +84,7 @@ def test_a_ridge_grows_where_nothing_can_be_said_and_stays_where_all_can_or_imag
     found = {}
     for name, target in wanted.items():
         samples = [(read, target + 2, torch.full_like(target, 2.0))]
-        halves, _ = reconstructing.normal_equations(samples, ALONE)
+        halves = reconstructing.normal_equations(samples, 2, ALONE)
         found[name] = reconstructing.validated(1e-6, halves, samples, limit, ALONE)
     assert found["noise"] >= 0.1 and found["all"] <= 1e-5
     plenty = [tuple(100 * each for each in half) for half in halves]
