@@ -34,7 +34,7 @@ from nm_lightning.compression.graph.neurons import (
 )
 from nm_lightning.compression.graph.nodes import in_place, operation_at_home, operation_name, where
 from nm_lightning.compression.graph.rules import Call, known, taught
-from nm_lightning.compression.graph.tracer import Recorder
+from nm_lightning.compression.graph.tracer import Recorder, leaves_of
 from nm_lightning.compression.structure.inputs import Inputs
 from nm_lightning.compression.structure.operations import LAYERS, facts_of
 from nm_lightning.compression.structure.sites import Member
@@ -105,8 +105,8 @@ class Follower:
         layer = self.root.get_submodule(node.target) if node.op == "call_module" else None
         operation = operation_at_home(node, layer)
         args, kwargs = fx.map_arg((node.args, node.kwargs), self.recorder.values.__getitem__)
-        origins = fx.map_arg(_without_constants((node.args, node.kwargs)), self.origins.__getitem__)
-        sources = [origin for origin in pytree.tree_leaves(origins) if isinstance(origin, Tensor)]
+        origins = fx.node.map_aggregate((node.args, node.kwargs), self._origin)
+        sources = [origin for origin in leaves_of(origins) if isinstance(origin, Tensor)]
         value = self.recorder.values.get(node)
         name = node.target if layer is not None else ""
         self.origins[node] = self._follow(Call(node, operation, layer, args, kwargs, origins, sources, value, name))
@@ -114,6 +114,12 @@ class Follower:
             changed = node.args[0] if node.args else None
             if isinstance(changed, fx.Node) and len(changed.users) > 1 and self.roles.get(node) != "move":
                 self.roles[changed] = f"changed in place by {operation_name(node, None)}"
+
+    def _origin(self, argument: Any) -> Any:
+        """The neurons of a node; nobody's entries in the place of a constant tensor."""
+        if isinstance(argument, fx.Node):
+            return self.origins[argument]
+        return nobody(argument) if isinstance(argument, Tensor) else argument
 
     def _follow(self, call: Call) -> Any:
         """The neurons of a node's result."""
@@ -124,7 +130,7 @@ class Follower:
             return None
         if node.op == "get_attr" and isinstance(call.value, Tensor):
             return self._parameter(call)
-        results = any(isinstance(result, Tensor) for result in pytree.tree_leaves(call.value))
+        results = any(isinstance(result, Tensor) for result in leaves_of(call.value))
         if results and node.op != "call_module":
             self._hold_numbers(call)
         if node.op in ("placeholder", "get_attr") or not sources or not results:
@@ -434,11 +440,6 @@ class Follower:
     def _note(self, call: Call, member: Member, at: str = "") -> tuple[str, str]:
         key = (member.name, member.kind + at)
         if key not in self.facts.members:
-            self.facts.members[key] = replace(member, node=call.node.name)
+            self.facts.members[key] = replace(member, node=call.node.name, called=call.node.op == "call_module")
             self.facts.nodes[key] = call.node
         return key
-
-
-def _without_constants(arguments: Any) -> Any:
-    """Nobody's entries in the place of constant tensors."""
-    return pytree.tree_map_only(Tensor, nobody, arguments)

@@ -2,13 +2,12 @@
 
 import os
 import sys
-from pathlib import Path
 from types import FrameType
 
 import torch
 
-TORCH = str(Path(torch.__file__).parent) + os.sep
-HERE = str(Path(__file__).parent) + os.sep
+TORCH = os.path.dirname(torch.__file__) + os.sep
+HERE = os.path.dirname(__file__) + os.sep
 
 
 def users_frame() -> FrameType | None:
@@ -26,7 +25,7 @@ def users_frame() -> FrameType | None:
 
 def line_of(frame: FrameType | None) -> str:
     """File and line of a frame; empty where there is none."""
-    return f"{Path(frame.f_code.co_filename).name}, line {frame.f_lineno}" if frame is not None else ""
+    return f"{os.path.basename(frame.f_code.co_filename)}, line {frame.f_lineno}" if frame is not None else ""
 
 
 def users_line() -> str:

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 from nm_lightning.compression.graph.follow import Follower
 from nm_lightning.compression.graph.neurons import along, canonical, constant, lay_along, shrink, varying
 from nm_lightning.compression.graph.nodes import where
 from nm_lightning.compression.graph.rules import Call, rule
+from nm_lightning.compression.structure.inputs import mapped
 from nm_lightning.compression.structure.sites import Member
 
 
@@ -30,7 +30,7 @@ def move(follower: Follower, call: Call) -> Any:
         result = getattr(moved[0], method)(*moved[1:], **options)
     else:
         result = call.node.target(*moved, **options)
-    return pytree.tree_map_only(Tensor, canonical, result)
+    return mapped(canonical, result)
 
 
 @rule("cat", "concat")

@@ -84,7 +84,9 @@ class Facts:
 
 def nobody(value: Any) -> Any:
     """Nobody's entries in the place of a value's tensors; what is no tensor stays."""
-    return pytree.tree_map_only(Tensor, lambda tensor: torch.full((), NOBODY).expand(tensor.shape), value)
+    if isinstance(value, Tensor):
+        return torch.full((), NOBODY).expand(value.shape)
+    return pytree.tree_map_only(Tensor, nobody, value)
 
 
 def is_nobodys(neurons: Tensor) -> bool:
@@ -110,14 +112,16 @@ def shrink(neurons: Tensor, dims: Iterable[int]) -> Tensor:
     tensor([[3],
             [4]])
     """
+    sizes = list(neurons.shape)
     for dim in dims:
-        neurons = neurons.narrow(dim, 0, min(1, neurons.shape[dim]))
-    return neurons
+        sizes[dim] = min(1, sizes[dim])
+    return neurons.as_strided(sizes, neurons.stride(), neurons.storage_offset())
 
 
 def compact(neurons: Tensor) -> Tensor:
     """Without the repetitions that `expand` made."""
-    return shrink(neurons, [dim for dim in range(neurons.ndim) if neurons.stride(dim) == 0 and neurons.shape[dim] > 1])
+    steps = neurons.stride()
+    return shrink(neurons, [dim for dim, step in enumerate(steps) if step == 0]) if 0 in steps else neurons
 
 
 def canonical(neurons: Tensor) -> Tensor:

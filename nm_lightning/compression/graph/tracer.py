@@ -18,14 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
-from torch.utils import _pytree as pytree
 
 from nm_lightning.compression.graph.frames import line_of, users_frame, users_line
 from nm_lightning.compression.graph.nodes import in_place
 from nm_lightning.compression.graph.numbers import Whole, numbered
 from nm_lightning.compression.graph.rules import RULES, plain, taught
 from nm_lightning.compression.structure.copies import containers_kept
-from nm_lightning.compression.structure.inputs import Inputs, arguments, first, tensors_in
+from nm_lightning.compression.structure.inputs import Inputs, arguments, first, mapped, tensors_in
 from nm_lightning.compression.structure.operations import CHANNEL_NORMS, MIXING_NORMS, assign_into, facts_of
 from nm_lightning.compression.structure.plan import named_tensors
 from nm_lightning.errors import InputError
@@ -104,7 +103,7 @@ class Recorder(TorchFunctionMode):
         """Run the network; returns its outputs."""
         args, kwargs = arguments(inputs)
         names = _input_names(self.root, len(args), kwargs)
-        args, kwargs = pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), (args, kwargs))
+        args, kwargs = mapped(lambda tensor: tensor.detach().clone(), (args, kwargs))
         for name, value in zip(names, [*args, *kwargs.values()], strict=True):
             for tensor in tensors_in((value,)):
                 node = self._node("placeholder", name, (), {})
@@ -174,7 +173,7 @@ class Recorder(TorchFunctionMode):
         if not nodes:
             return self._constant(run(*args, **kwargs))
         if len(nodes) < len(sources):  # a constant meets the network
-            args, kwargs = pytree.tree_map_only(Tensor, self._beside, (args, kwargs))
+            args, kwargs = mapped(self._beside, (args, kwargs))
         try:
             value = run(*args, **kwargs)
         except Exception:
@@ -192,7 +191,7 @@ class Recorder(TorchFunctionMode):
         ):
             value = args[0]
         else:
-            value = pytree.tree_map_only(Tensor, self._fresh, value)
+            value = mapped(self._fresh, value)
         self._keep(node, value)
         return value
 
@@ -418,9 +417,11 @@ def _input_names(model: nn.Module, count: int, kwargs: Mapping[str, Any]) -> lis
 
 def leaves_of(value: Any) -> list:
     """What is in a value, also in dataclasses, dictionaries of any class, and other objects."""
+    if isinstance(value, Tensor) or type(value) in PLAIN:
+        return [value]
     if isinstance(value, Mapping):
         value = list(value.values())
-    elif not isinstance(value, (Tensor, tuple, list)) and type(value) not in PLAIN and hasattr(value, "__dict__"):
+    elif not isinstance(value, (tuple, list)) and hasattr(value, "__dict__"):
         value = [each for each in vars(value).values() if isinstance(each, (Tensor, Mapping, tuple, list))]
     return [leaf for each in value for leaf in leaves_of(each)] if isinstance(value, (tuple, list)) else [value]
 

@@ -31,6 +31,7 @@ CLOSE = 1e-5  # of a layer's scale: float32 rounds no worse in most networks; wh
 CLOSER = 1e-9  # where it must be this close
 FALLBACK = 1e-3  # for networks that can't be run in float64
 FEW = 2  # inputs are enough
+PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # whose columns are their input's channels
 OUTPUT = "the network's output"
 
 
@@ -138,14 +139,16 @@ def difference(
     if narrowed is None:
         narrowed, _ = narrow(subject.model, sites, Decomposition.pruned(sites, keeps))
     small = _ready(duplicate(narrowed))
-    wide = _ready(masked(subject.model, sites, keeps, small))
     layers = {name for name, layer in subject.layers.items() if isinstance(layer, (*SOLVABLE, *TRANSPOSED))}
     rows, roots = channels_that_stay(sites, keeps, layers), roots_of(sites, keeps, subject.layers)
     try:
+        wide = _ready(masked(subject.model, sites, keeps, small, copied=False))
         apart, place = _apart(small, wide, inputs, rows, roots)
         close = CLOSER if dtype_of(inputs) == torch.float64 else CLOSE
         if apart > close:
-            apart, place, close = _exactly(small, wide, inputs, rows, roots) or (apart, place, FALLBACK)
+            wide = _ready(masked(subject.model, sites, keeps, small))
+            exact = _exactly(small, wide, inputs, rows, roots)
+            apart, place, close = exact or (*_apart(small, wide, inputs, rows, roots), FALLBACK)
     except Refused:
         raise
     except Exception as error:  # whatever the user's forward raises where its numbers no longer fit
@@ -191,19 +194,30 @@ def _exactly(
         return None
 
 
-def masked(model: nn.Module, sites: Sequence[Site], keeps: Mapping[str, Tensor], small: nn.Module) -> nn.Module:
+def masked(
+    model: nn.Module, sites: Sequence[Site], keeps: Mapping[str, Tensor], small: nn.Module, copied: bool = True
+) -> nn.Module:
     """A copy of the wide network whose consumers read nothing from the removed neurons.
 
-    A normalisation that mixes channels is that of the narrow network `small`, over the survivors alone.
+    A normalisation that mixes channels is that of the narrow network `small`, over the survivors alone. Unless
+    weights are `copied`, torch's own layers share theirs with the model and are handed inputs with zeros instead,
+    which is the same where nothing but the layer reads its weight.
     """
     result = duplicate(model)
     tensors = named_tensors(result)
-    names = {consumer.slots[0][0] for site in sites for consumer in site.consumers}
+    read = [(each, each.stays(keeps[site.name])) for site in sites for each in site.consumers]
+    called = [] if copied else [each.name for each, _ in read if each.called]
+    layers = {name: result.get_submodule(name) for name in called}
+    handed = {name for name, layer in layers.items() if type(layer) in PLAIN}
+    names = {each.slots[0][0] for each, _ in read if each.name not in handed}
     names |= {name for site in sites for pair in site.pairs for name in rows_of(pair.maker, tensors)}
     values = {name: tensors[name].detach().clone() for name in names}
+    for consumer, stays in read:
+        if consumer.name in handed:
+            layers[consumer.name].register_forward_pre_hook(partial(_without, ~stays), with_kwargs=True)
+        else:
+            silence(values, consumer, stays)
     for site in sites:
-        for consumer in site.consumers:
-            silence(values, consumer, consumer.stays(keeps[site.name]))
         silence_rows(values, site, keeps[site.name])
     replace_tensors(result, values)
     norms = narrow_norms(model, sites, keeps, small)
@@ -212,6 +226,13 @@ def masked(model: nn.Module, sites: Sequence[Site], keeps: Mapping[str, Tensor],
         for name, child in module._modules.items():
             module._modules[name] = wide.get(id(child), child)
     return result
+
+
+def _without(gone: Tensor, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """A layer's arguments with zeros in the input's channels `(in,)` that are gone."""
+    images, *others = args or kwargs.values()
+    shape = [-1] + [1] * (layer.weight.ndim - 2)
+    return (images.masked_fill(gone.to(images.device).view(shape), 0), *others), {}
 
 
 def _ready(network: nn.Module) -> nn.Module:

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize, prune
 from torch.utils import _pytree as pytree
 
 from nm_lightning.compression.structure.computed import make_computed_plain
+from nm_lightning.compression.structure.parts import modules_of
 from nm_lightning.compression.structure.plan import caches, tensors_of
 from nm_lightning.compression.structure.wrappers import unwrap_inside
 from nm_lightning.errors import InputError
@@ -43,7 +44,7 @@ def plain_copy(model: nn.Module) -> tuple[nn.Module, list[str]]:
     It shares its parameters and buffers with the model, but for parametrised ones, which have memory of their own.
     """
     check_network(model)
-    special = any(parametrize.is_parametrized(module) or _hooks(module) for module in model.modules())
+    special = any(parametrize.is_parametrized(module) or _hooks(module) for module in modules_of(model))
     narrow = with_data(model) if special else duplicate(model)
     return narrow, make_plain(narrow)
 
@@ -64,7 +65,7 @@ def without_data(model: nn.Module) -> nn.Module:
         return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
 
     result = duplicate(model, hollow).to("meta")
-    for module in result.modules():
+    for module in modules_of(result):
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
     return result
@@ -89,21 +90,23 @@ def duplicate(model: nn.Module, each: Callable[[Tensor], Tensor] = lambda tensor
     for cache in caches(model):  # a copy's is empty
         memo[id(cache)] = copy.copy(cache)
         memo[id(cache)].clear()
-    held = [value for module in model.modules() for value in _held(module).values()]
+    modules = modules_of(model)
+    held = [value for module in modules for value in _held(module).values()]
     for value in pytree.tree_leaves(held):
         if isinstance(value, Tensor):  # of a weight that a hook computes, or an activation that a forward keeps
             memo.setdefault(id(value), each(value.detach().clone()))
     try:
-        result = _deepcopy(model, dict(memo))
+        result = _deepcopy(model, modules, dict(memo))
     except (TypeError, RuntimeError, NotImplementedError, pickle.PicklingError):
         for value in held:
             try:
                 copy.deepcopy(value, dict(memo))
             except (TypeError, RuntimeError, NotImplementedError, pickle.PicklingError):
                 memo[id(value)] = value
-        result = _deepcopy(model, dict(memo))
-    twins = dict(zip(map(id, model.modules()), result.modules(), strict=True))
-    for module in result.modules():
+        result = _deepcopy(model, modules, dict(memo))
+    own = modules_of(result)
+    twins = dict(zip(map(id, modules), own, strict=True))
+    for module in own:
         for name, value in _held(module).items():
             if inspect.isroutine(value):
                 setattr(module, name, _rebound(value, twins))
@@ -112,13 +115,19 @@ def duplicate(model: nn.Module, each: Callable[[Tensor], Tensor] = lambda tensor
 
 
 def _held(module: nn.Module) -> dict[str, Any]:
-    """What a module has beside what every module has; no numbers, flags or names."""
-    return {name: each for name, each in vars(module).items() if name not in TORCHS and type(each) not in ATOMS}
+    """What a module has beside what every module has; no numbers, flags or names, nor tuples of them."""
+    return {name: each for name, each in vars(module).items() if name not in TORCHS and not _atomic(each)}
 
 
-def _deepcopy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+def _atomic(value: Any) -> bool:
+    """Whether a value is its own copy."""
+    return type(value) in ATOMS or (type(value) is tuple and ATOMS.issuperset(map(type, value)))
+
+
+def _deepcopy(model: nn.Module, modules: list[nn.Module], memo: dict[int, Any]) -> nn.Module:
     """`copy.deepcopy`; modules that leave their copying to Python are filled here, which takes a fifth of the time."""
-    shells = [module for module in model.modules() if _copied_as_any(type(module))]
+    ours = {kind: _copied_as_any(kind) for kind in set(map(type, modules))}
+    shells = [module for module in modules if ours[type(module)]]
     memo |= {id(module): type(module).__new__(type(module)) for module in shells}
     for module in reversed(shells):  # children first: a class with a way of its own may ask them
         state = {name: _value(name, value, memo) for name, value in vars(module).items() if name != COMPILED}
@@ -133,14 +142,12 @@ def _copied_as_any(kind: type) -> bool:
 
 def _value(name: str, value: Any, memo: dict[int, Any]) -> Any:
     """A copy of a module's attribute."""
-    if type(value) in ATOMS:
+    if _atomic(value):
         return value
     if name in TORCHS and not value:  # hooks that it has not
         return type(value)()
     if name in TORCHS and type(value) is dict:
         return {key: each if type(each) in ATOMS else copy.deepcopy(each, memo) for key, each in value.items()}
-    if type(value) is tuple and ATOMS.issuperset(map(type, value)):
-        return value
     return copy.deepcopy(value, memo)
 
 
@@ -178,7 +185,7 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def containers_kept(model: nn.Module) -> Iterator[None]:
     """What the modules keep in dictionaries and lists of their own, as a cache of what they computed, is as before."""
-    held = [value for module in model.modules() for value in _held(module).values()]
+    held = [value for module in modules_of(model) for value in _held(module).values()]
     kept = [(value, copy.copy(value)) for value in held if type(value) in (dict, list, set)]
     try:
         yield
@@ -192,7 +199,7 @@ def own_tensors(narrow: nn.Module, shared: Mapping[str, Tensor]) -> None:
     """Give a network memory of its own for each tensor that is still one of `shared`."""
     foreign = {id(tensor) for tensor in shared.values()}
     copies: dict[int, Tensor] = {}
-    for module in narrow.modules():
+    for module in modules_of(narrow):
         for home, name, tensor in tensors_of(module):
             if id(tensor) in foreign:
                 if id(tensor) not in copies:

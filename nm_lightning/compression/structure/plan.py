@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nm_lightning.compression.structure.parts import modules_of, parts_of
 from nm_lightning.compression.structure.sites import Site
 from nm_lightning.compression.structure.wrappers import unwrap_inside
 from nm_lightning.errors import InputError
@@ -84,8 +85,8 @@ def apply_plan(
 
 def caches(model: nn.Module) -> list[dict]:
     """The dictionaries that modules call caches: what they keep was computed from the tensors of then."""
-    held = (item for module in model.modules() for item in vars(module).items())
-    return [value for name, value in held if "cache" in name.lower() and isinstance(value, dict)]
+    held = (item for module in modules_of(model) for item in vars(module).items())
+    return [value for name, value in held if isinstance(value, dict) and value and "cache" in name.lower()]
 
 
 def sliced(
@@ -104,7 +105,7 @@ def replace_tensors(model: nn.Module, values: Mapping[str, Tensor]) -> None:
     """Put other tensors in the place of a network's, wherever these hang; parameters stay parameters."""
     tensors = named_tensors(model)
     homes: dict[int, list[tuple[dict, str]]] = defaultdict(list)  # the shared ones have several
-    for module in model.modules():
+    for module in modules_of(model):
         for held, attribute, tensor in tensors_of(module):
             homes[id(tensor)].append((held, attribute))
     for name, value in values.items():
@@ -122,17 +123,6 @@ def tensors_of(module: nn.Module) -> list[tuple[dict, str, Tensor]]:
 
 def _homes(module: nn.Module) -> tuple[dict, dict, dict]:
     return module._parameters, module._buffers, vars(module)
-
-
-def parts_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Modules by every name they have, in the order of `named_modules`, which asks each of them once for each level."""
-    found, pending = [], [("", model)]
-    while pending:
-        name, module = pending.pop()
-        found.append((name, module))
-        start = f"{name}." if name else ""
-        pending += [(start + part, child) for part, child in reversed(module._modules.items()) if child is not None]
-    return found
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:

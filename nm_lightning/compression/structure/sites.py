@@ -25,6 +25,7 @@ class Member:
         groups: of a grouped convolution; its columns' dimension is as long as one group.
         axis: the neurons' dimension in the activations that the layer reads.
         node: the name of its node in the network's graph.
+        called: whether the code calls the layer there, and does not only read its weight.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Member:
     groups: int = 1
     axis: int = 1
     node: str = ""
+    called: bool = False
 
     def even(self, neurons: int) -> bool:
         """Whether each of so many neurons owns equally many positions."""

@@ -105,6 +105,8 @@ def _read(model: nn.Module, example: Inputs) -> set[str]:
 
 def copies_of(model: nn.Module, parameters: Sequence[str]) -> dict[str, str]:
     """Parts all unread that are called averages, and the parts of the very same layers that they are of."""
+    if not parameters:
+        return {}
     spare, shapes = set(parameters), {name: tuple(own.shape) for name, own in named_tensors(model).items()}
     learned = {name for name, _ in model.named_parameters(remove_duplicate=False)}
 

@@ -9,19 +9,20 @@ from torch import Tensor
 from nm_lightning.compression.structure.sites import Member
 
 
-def neuron_vectors(member: Member, tensors: Mapping[str, Tensor], with_bias: bool) -> Tensor:
+def neuron_vectors(member: Member, tensors: Mapping[str, Tensor], with_bias: bool, part: slice = slice(None)) -> Tensor:
     """Each neuron's weight vector `w_i`: `(n, d)` in float32, the bias appended where asked for and present.
 
     Args:
         member: a producer.
         tensors: the network's, by name.
         with_bias: whether a bias belongs to the vector.
+        part: which of the neurons.
     """
     (weight, dim), *others = member.slots
     positions, rows = member.positions(), tensors[weight].detach().movedim(dim, 0)
     as_they_lie = torch.equal(positions[:, 0], torch.arange(len(rows)))  # nothing to gather
-    parts = [(rows if as_they_lie else rows[positions]).flatten(1)]
-    parts += [tensors[bias].detach()[positions] for bias, _ in others if with_bias]
+    parts = [(rows[part] if as_they_lie else rows[positions[part]]).flatten(1)]
+    parts += [tensors[bias].detach()[positions[part]] for bias, _ in others if with_bias]
     return (torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]).float()
 
 

@@ -6,6 +6,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
+from nm_lightning.compression.structure.parts import modules_of
+
 WRAPPERS = (DistributedDataParallel, nn.DataParallel)
 
 
@@ -25,11 +27,11 @@ def unwrap_inside(model: nn.Module) -> None:
 
     A moving average within stays one: it has work to do.
     """
-    for module in list(model.modules()):
+    for module in modules_of(model):
         for name, child in module._modules.items():
             if child is not None:
                 module._modules[name] = unwrapped(child, WRAPPERS)
-    for module in model.modules():
+    for module in modules_of(model):
         module._compiled_call_impl = None
         forward = getattr(vars(module).get("forward"), "_torchdynamo_orig_callable", None)
         if inspect.ismethod(forward):  # compiled: the code belongs to the module that was copied
