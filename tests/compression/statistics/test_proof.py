@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from nm_lightning import InputError, compress
+from nm_lightning.compression.graph.trace import trace
 from nm_lightning.compression.statistics import proof
 from nm_lightning.compression.structure.copies import plain_copy
 
@@ -173,6 +174,30 @@ def test_every_method_is_compared(method):
     result = compress(model, x, method, ratio=0.5, calibration=torch.randn(16, 3, 4, 4).double())
     assert "layers.0.0" in result.report.skipped and result.report.sites
     assert result.model.layers[1][0].in_channels == 12
+
+
+class Mixed(nn.Module):
+    """Layers that are called, by position and by name, and one whose weight is read."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.grouped = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=2)
+        self.hidden, self.read, self.head = nn.Linear(8, 12), nn.Linear(12, 16), nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = self.hidden(self.grouped(input=self.conv(x).relu()).relu().mean((2, 3)))
+        return self.head(F.linear(x.relu(), self.read.weight, self.read.bias).relu())
+
+
+def test_zeros_handed_to_layers_are_columns_silenced():
+    torch.manual_seed(0)
+    model, images = Mixed().eval(), torch.randn(4, 3, 9, 9)
+    found = trace(model, images)
+    keeps = {site.name: torch.arange(0, site.width, 2) for site in found.sites}
+    assert {consumer.called for site in found.sites for consumer in site.consumers} == {True, False}
+    pair = [proof.masked(model, found.sites, keeps, model, copied)(images) for copied in (True, False)]
+    torch.testing.assert_close(*pair)
+    assert (pair[0] - model(images)).abs().max() > 0.01
 
 
 def test_a_network_that_wants_whole_batches_gets_them():
