@@ -2,7 +2,6 @@
 
 import copy
 import inspect
-import pickle
 import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -95,11 +94,11 @@ def duplicate(model: nn.Module, each: Callable[[Tensor], Tensor] = lambda tensor
             memo.setdefault(id(value), each(value.detach().clone()))
     try:
         result = _deepcopy(model, dict(memo))
-    except (TypeError, RuntimeError, NotImplementedError, pickle.PicklingError):
+    except Exception:  # what a lock raises, or a dictionary whose entries are attributes
         for value in held:
             try:
                 copy.deepcopy(value, dict(memo))
-            except (TypeError, RuntimeError, NotImplementedError, pickle.PicklingError):
+            except Exception:
                 memo[id(value)] = value
         result = _deepcopy(model, dict(memo))
     twins = dict(zip(map(id, model.modules()), result.modules(), strict=True))
@@ -217,6 +216,7 @@ def make_plain(model: nn.Module) -> list[str]:
             # a copied module shares its generated class with the original, and removing changes the class
             own = {key: value for key, value in vars(type(module)).items() if key not in ("__dict__", "__weakref__")}
             module.__class__ = type(type(module).__name__, type(module).__bases__, own)
+            module.parametrizations.eval()  # in training, a spectral norm takes a step whenever it is asked
             for tensor in list(module.parametrizations):
                 parametrize.remove_parametrizations(module, tensor, leave_parametrized=True)
                 notes.append(f"{name}.{tensor}: its parametrisation was made plain")
