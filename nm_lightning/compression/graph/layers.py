@@ -197,9 +197,9 @@ def multi_head_attention(follower: Follower, call: Call) -> Any:
             follower.freeze(source, f"{name}: nn.MultiheadAttention ties its inner width to embed_dim")
         return nobody(call.value)
     own = {label: follower.name_of(tensor, f"{name}.{label}") for label, tensor in layer.named_parameters()}
-    for source in inputs[1:]:
-        follower.tie(inputs[0], source, f"{name} reads them together")
     reads = along(inputs[0], 2)
+    for source in inputs[1:]:
+        follower.tie(reads, along(source, 2), f"{name} reads them together")
     heads = reads.view(layer.num_heads, layer.head_dim)
     follower.tie(heads, heads[:, :1].expand_as(heads), f"{name} has whole heads")
     inner = heads[:, :1].expand_as(heads).reshape(-1)
