@@ -3,7 +3,7 @@
 import copy
 import inspect
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize, prune
 from torch.utils import _pytree as pytree
 
 from nm_lightning.compression.structure.computed import make_computed_plain
-from nm_lightning.compression.structure.plan import caches, tensors_of
+from nm_lightning.compression.structure.plan import caches, named_tensors, tensors_of
 from nm_lightning.compression.structure.wrappers import unwrap_inside
 from nm_lightning.errors import InputError
 
@@ -24,8 +24,31 @@ ATOMS = {int, float, bool, str, type(None)}  # what is its own copy
 REMOVE = {"WeightNorm": nn.utils.remove_weight_norm, "SpectralNorm": nn.utils.remove_spectral_norm}  # hooks of old
 
 
+def check_module(model: object, label: str = "model") -> None:
+    """Raise `InputError` for what is no network, as its class, its path or its weights."""
+    if isinstance(model, nn.Module):
+        return
+    kind = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+    raise InputError(f"{label} is {kind}: give the network itself, an nn.Module")
+
+
+def check_values(model: nn.Module, read: Set[str]) -> None:
+    """Raise `InputError` for weights without a value; those that are `read` must be finite, too."""
+    learned = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for name, tensor in named_tensors(model).items():
+        if name not in learned | read or not tensor.is_floating_point():
+            continue
+        if tensor.is_meta:
+            raise InputError(f"{name} has no data, it is on the meta device: load the weights first")
+        if tensor.dtype.itemsize < 2:
+            raise InputError(f"{name} is {str(tensor.dtype).removeprefix('torch.')}: give float16 or wider")
+        if bool((~tensor.isfinite() if name in read else tensor.isnan()).any()):
+            raise InputError(f"{name} holds values that are not finite: has the training diverged?")
+
+
 def check_network(model: nn.Module) -> None:
-    """Raise `InputError` for parts whose weights are no tensors yet, or no longer."""
+    """Raise `InputError` for what is no network, and parts whose weights are no tensors yet, or no longer."""
+    check_module(model)
     for name, module in model.named_modules():
         home, label = type(module).__module__, f"{name or 'the network'} ({type(module).__name__})"
         if isinstance(module, torch.jit.ScriptModule):

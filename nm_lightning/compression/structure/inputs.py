@@ -19,6 +19,8 @@ def check_inputs(inputs: Any, label: str = "example_input") -> None:
         raise InputError(
             f"{label} is a {type(inputs).__name__}: give one tensor, a batch of images, or a tuple or dictionary"
         )
+    if not tensors_in(inputs)[0].numel():
+        raise InputError(f"{label} holds no images: its shape is {shapes(inputs)}")
 
 
 def call(model: nn.Module, inputs: Inputs) -> Any:
