@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from nm_lightning.compression.graph.follow import Follower
+from nm_lightning.compression.graph.heads import tell_apart
 from nm_lightning.compression.graph.neurons import along, canonical, constant, lay_along, shrink, varying
 from nm_lightning.compression.graph.nodes import where
 from nm_lightning.compression.graph.rules import Call, rule
@@ -414,10 +415,11 @@ def _told_by_attributes(
     choices = {}
     for dim in dims if before is None else told:
         names = _attributes(follower, call, result.shape[dim]) + [f"{name}[{dim - offset}]" for name in lists]
-        counts = dict.fromkeys(names, 1) or _whole_heads(follower, call, result.shape[dim])
-        choices[dim] = {
-            name: each for name, each in counts.items() if before is None or before.counts.get(name) == each
-        }
+        choices[dim] = dict.fromkeys(names, 1) or _whole_heads(follower, call, result.shape[dim])
+    tell_apart(choices, result.ndim)
+    if before is not None:
+        known = before.counts.items()
+        choices = {dim: {n: c for n, c in counts.items() if (n, c) in known} for dim, counts in choices.items()}
     choices = {dim: counts for dim, counts in choices.items() if counts}
     if not choices:
         return []

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from nm_lightning import compress, trace
-from tests.networks import Graph
+from tests.networks import Graph, conv
 from tests.oracles import masked
 
 IMAGE, TOKENS = (2, 3, 8, 8), (2, 6, 12)
@@ -39,6 +40,94 @@ def torchs_decoder():
     return Graph(lambda n, x: n.fc(n.decoder(n.embed(x[:, :4]), n.encoder(n.embed(x)))), embed=nn.Linear(12, 16),
                  encoder=nn.TransformerEncoderLayer(16, 4, 20, batch_first=True),
                  decoder=nn.TransformerDecoderLayer(16, 4, 20, batch_first=True), fc=nn.Linear(16, 4))  # fmt: skip
+
+
+class SquareHeads(nn.Module):
+    """As many heads as each is long, and keys that several of them share."""
+
+    def __init__(self):
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = 4, 2, 4
+        self.q, self.k, self.v = nn.Linear(12, 16), nn.Linear(12, 8), nn.Linear(12, 8)
+        self.out, self.fc = nn.Linear(16, 12), nn.Linear(12, 4)
+
+    def forward(self, x):
+        n, tokens, _ = x.shape
+        q = self.q(x).view(n, tokens, self.heads, self.head_dim).transpose(1, 2)
+        k, v = (f(x).view(n, tokens, self.kv_heads, self.head_dim).transpose(1, 2) for f in (self.k, self.v))
+        mixed = F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2)
+        return self.fc(self.out(mixed.reshape(n, tokens, -1)).mean(1))
+
+
+@case(TOKENS, q=1)
+def as_many_heads_as_each_is_long():
+    return SquareHeads()
+
+
+class LinearAttention(nn.Module):
+    """Without a softmax, in products of three."""
+
+    def __init__(self):
+        super().__init__()
+        self.heads, self.q, self.k, self.v = 4, nn.Linear(12, 16), nn.Linear(12, 16), nn.Linear(12, 24)
+        self.fc = nn.Linear(24, 4)
+
+    def forward(self, x):
+        q, k, v = (f(x).unflatten(-1, (self.heads, -1)) for f in (self.q, self.k, self.v))
+        q, k = F.elu(q) + 1, F.elu(k) + 1
+        sums, scale = torch.einsum("...nhd,...nhe->...hde", k, v), 1 / torch.einsum("bnhd,bhd->bnh", q, k.sum(1))
+        return self.fc(torch.einsum("bnhd,bhde,bnh->bnhe", q, sums, scale).flatten(2).mean(1))
+
+
+@case(TOKENS, q=2)
+def products_of_three():
+    return LinearAttention()
+
+
+@case(IMAGE, a=8, b=6)
+def einsum_of_one_and_without_a_sum():
+    return Graph(lambda n, x: n.fc(n.b(torch.einsum("bchw,bc->bchw", y := n.a(x).relu(), n.gate(
+                     torch.einsum("b...hw->b...", y)).sigmoid())).mean((2, 3))),
+                 a=conv(3, 16), gate=nn.Linear(16, 16), b=conv(16, 12), fc=nn.Linear(12, 4))  # fmt: skip
+
+
+@case(IMAGE, a=8, b=6)
+def compared_chosen_and_filled():
+    def forward(n, x):
+        x = n.a(x)
+        x = torch.where(x > 0, x, torch.zeros_like(x))
+        y = n.b(x)
+        return n.fc(torch.maximum(y.masked_fill(y < 0, 0.5), y.log1p().nan_to_num()).mean((2, 3)))
+
+    return Graph(forward, a=conv(3, 16), b=conv(16, 12), fc=nn.Linear(12, 4))
+
+
+class Rounded(torch.autograd.Function):
+    """Its gradient passes."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clamp(0, 4).mul(4).round().div(4)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+@case(IMAGE, a=8, b=6)
+def rounded_with_a_gradient():
+    return Graph(lambda n, x: n.fc(Rounded.apply(n.b(Rounded.apply(n.a(x)))).mean((2, 3))),
+                 a=conv(3, 16), b=conv(16, 12), fc=nn.Linear(12, 4))  # fmt: skip
+
+
+@case(IMAGE, a=4, b=5, c=3)
+def gates_and_the_largest():
+    def forward(n, x):
+        x = n.b(F.glu(n.a(x), dim=1))
+        x, _ = n.c(nn.functional.relu(x)).max(dim=-1)
+        return n.fc(torch.max(x, 2, keepdim=True)[0].flatten(1))
+
+    return Graph(forward, a=conv(3, 16), b=conv(8, 10), c=conv(10, 6), fc=nn.Linear(6, 4))
 
 
 @pytest.mark.parametrize("name", CASES)
