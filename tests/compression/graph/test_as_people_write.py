@@ -130,6 +130,31 @@ def gates_and_the_largest():
     return Graph(forward, a=conv(3, 16), b=conv(8, 10), c=conv(10, 6), fc=nn.Linear(6, 4))
 
 
+class Blur(nn.Module):
+    """A filter that is no layer's, for each channel."""
+
+    def __init__(self, channels, counts):
+        super().__init__()
+        self.channels, self.counts = channels, counts
+        self.register_buffer("filter", torch.full((channels, 1, 3, 3), 1 / 9))
+
+    def forward(self, x):
+        groups = self.channels if self.counts else x.shape[1]
+        return F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), self.filter, stride=2, groups=groups)
+
+
+@case(IMAGE, **{"0": 8, "3": 6})
+def blurred():
+    return nn.Sequential(conv(3, 16), nn.ReLU(), Blur(16, False), conv(16, 12), Blur(12, True), nn.Flatten(),
+                         nn.Linear(48, 4))  # fmt: skip
+
+
+@case((2, 12), **{"0": 8, "3": 4})
+def a_decoder_that_unflattens():
+    return nn.Sequential(nn.Linear(12, 144), nn.ReLU(), nn.Unflatten(1, (16, 3, 3)), nn.ConvTranspose2d(16, 8, 2, 2),
+                         nn.ReLU(), conv(8, 3))  # fmt: skip
+
+
 @pytest.mark.parametrize("name", CASES)
 @torch.no_grad()
 def test_it_is_cut_right(name):
