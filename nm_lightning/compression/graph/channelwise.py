@@ -94,6 +94,21 @@ def largest(follower: Follower, call: Call) -> Any:
     return (found, found)
 
 
+@rule("viewascomplex")
+def as_complex(follower: Follower, call: Call) -> Tensor:
+    """Pairs along the last dimension become numbers: both of a pair stay or go as one."""
+    follower.hold(call.source, -1, f"paired to complex numbers{where(call.node)}")
+    follower.roles[call.node] = "move"
+    return nobody(call.value) if varying(call.source) == [call.source.ndim - 1] else call.source.select(-1, 0)
+
+
+@rule("viewasreal")
+def as_pairs(follower: Follower, call: Call) -> Tensor:
+    """Numbers become pairs again."""
+    follower.roles[call.node] = "move"
+    return call.source.unsqueeze(-1).expand_as(call.value)
+
+
 @rule("softmax", "logsoftmax", "normalize")
 def over_one_dimension(follower: Follower, call: Call) -> Tensor | None:
     """Over tokens; neurons that it mixes stay or go as one, as those of a head."""

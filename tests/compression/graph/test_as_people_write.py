@@ -155,6 +155,31 @@ def a_decoder_that_unflattens():
                          nn.ReLU(), conv(8, 3))  # fmt: skip
 
 
+class ComplexRotary(nn.Module):
+    """A rotary embedding by complex numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.heads, self.q, self.k, self.v = 4, nn.Linear(12, 24), nn.Linear(12, 24), nn.Linear(12, 24)
+        self.fc = nn.Linear(24, 4)
+        turns = torch.outer(torch.arange(8.0), torch.tensor([1.0, 0.1, 0.01]))
+        self.register_buffer("turns", torch.polar(torch.ones_like(turns), turns), persistent=False)
+
+    def turned(self, x):
+        numbers = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
+        return torch.view_as_real(numbers * self.turns[: x.shape[2]]).flatten(3).type_as(x)
+
+    def forward(self, x):
+        q, k, v = (f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        mixed = F.scaled_dot_product_attention(self.turned(q), self.turned(k), v)
+        return self.fc(mixed.transpose(1, 2).flatten(2).mean(1))
+
+
+@case(TOKENS, q=2)
+def rotary_by_complex_numbers():
+    return ComplexRotary()
+
+
 @pytest.mark.parametrize("name", CASES)
 @torch.no_grad()
 def test_it_is_cut_right(name):
