@@ -228,6 +228,13 @@ def _hooks(module: nn.Module) -> list:
     return [hook for hook in hooks if isinstance(hook, prune.BasePruningMethod) or type(hook).__name__ in REMOVE]
 
 
+def _forget_loading(module: nn.Module, kind: str) -> None:
+    """Take off what splits a loaded weight into an old norm's parts: torch leaves it there."""
+    for number, each in list(module._load_state_dict_pre_hooks.items()):
+        if type(getattr(each, "hook", each)).__name__ == f"{kind}LoadStateDictPreHook":
+            del module._load_state_dict_pre_hooks[number]
+
+
 def make_plain(model: nn.Module) -> list[str]:
     """Make parametrised weights (weight norm, spectral norm, pruning masks) plain tensors, in place; says which.
 
@@ -247,6 +254,7 @@ def make_plain(model: nn.Module) -> list[str]:
             kind = type(hook).__name__
             if kind in REMOVE:
                 REMOVE[kind](module, hook.name)
+                _forget_loading(module, kind)
                 notes.append(f"{name}.{hook.name}: its {kind} was made plain")
             else:
                 prune.remove(module, hook._tensor_name)

@@ -120,6 +120,16 @@ def test_a_spectral_norm_in_training_is_made_plain_as_it_is_evaluated():
     assert torch.equal(same(x), model.eval()(x))
 
 
+def test_an_old_spectral_norm_loads_again(tmp_path):
+    def make():
+        return nn.Sequential(nn.utils.spectral_norm(nn.Linear(6, 12)), nn.ReLU(), nn.Linear(12, 3)).eval()
+
+    x = torch.randn(4, 6)
+    result = compress(make(), x, "prune", ratio=0.5)
+    save(result, tmp_path / "small.pt")
+    torch.testing.assert_close(load(tmp_path / "small.pt", into=make())(x), result.model(x))
+
+
 class Settings(dict):
     """A dictionary whose entries are attributes: it can't be copied."""
 
