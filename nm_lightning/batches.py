@@ -100,7 +100,7 @@ def read(loader: Iterable) -> Iterator:
     """A loader's batches.
 
     Raises:
-        InputError: its files have gone, or can't be read any more.
+        InputError: its files have gone, or it raises something.
     """
     batches = iter(loader)
     while True:
@@ -110,9 +110,10 @@ def read(loader: Iterable) -> Iterator:
             return
         except InputError:
             raise
-        except OSError as error:  # of a worker, the message is a traceback
+        except Exception as error:  # whatever the data set raises; of a worker, the message is a traceback
             line = (str(error).strip().splitlines() or [type(error).__name__])[-1][:200]
-            raise InputError(f"the data set can't be read, has it changed? {line}") from error
+            gone = ", has it changed?" if isinstance(error, OSError) else f": {type(error).__name__}:"
+            raise InputError(f"the data set can't be read{gone} {line}") from error
         yield batch
 
 

@@ -20,7 +20,7 @@ from nm_lightning.compression.statistics.proof import prove
 from nm_lightning.compression.statistics.ranks import Ranks
 from nm_lightning.compression.statistics.subject import Subject
 from nm_lightning.compression.statistics.synthetic import Synthetic
-from nm_lightning.compression.structure.copies import plain_copy
+from nm_lightning.compression.structure.copies import check_module, check_values, plain_copy
 from nm_lightning.compression.structure.decomposition import assign, narrow
 from nm_lightning.compression.structure.inputs import Inputs, check_inputs
 from nm_lightning.compression.structure.plan import Plan
@@ -86,10 +86,15 @@ class Compressor:
         training: Iterable | None = None,
     ):
         check_inputs(example_input)
+        check_module(model)
+        if not isinstance(recipe, Recipe):
+            raise InputError(f"recipe is a {type(recipe).__name__}: give a Recipe, as Recipe.from_dict reads it")
         plain, notes = plain_copy(unwrapped(model))
         found = trace(plain, example_input, recipe.scope, recipe.attention)
         self.unread = unread(plain, example_input, found, whole)
         sites = [site for site in choose(found.sites, recipe.sites) if site.name not in self.unread.whole]
+        members = (member for site in sites for member in (*site.producers, *site.passed, *site.consumers))
+        check_values(plain, {tensor for member in members for tensor, _ in member.slots})
         self.recipe, self.notes = recipe, notes
         self.skipped = self.unread.skipped | found.skipped | self.unread.whole
         images = Calibration(None, example_input)

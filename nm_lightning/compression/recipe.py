@@ -93,11 +93,18 @@ class Recipe:
     calibration_steps: int = setting(
         10, "steps of each synthetic image towards the statistics in the BatchNorms; 0 for none", whole(0)
     )
-    seed: int = setting(0, "of whatever is drawn")
+    seed: int = setting(0, "of whatever is drawn", whole(0))
 
     def __post_init__(self) -> None:
         for own in fields(self):
             own.metadata.get("values", Values()).check(own.name, getattr(self, own.name))
+        for kind, part in [(Method, self.method), (Criterion, self.criterion), (Budget, self.budget)]:
+            check_part(kind, part)
+        for part in self.then:
+            check_part(Refinement, part)
+        for name in self.sites or ():
+            if not isinstance(name, str):
+                raise InputError(f"sites {name!r}: give names of layers, or patterns of them")
 
     @classmethod
     def of(
@@ -177,6 +184,12 @@ class Recipe:
         parts = {each.kind: each.from_dict(rest.pop(each.kind)) for each in (Method, Criterion, Budget)}
         then = tuple(Refinement.from_dict(each) for each in rest.pop("then"))
         return cls(**parts, then=then, **rest)
+
+
+def check_part(kind: type, part: object) -> None:
+    """Raise `InputError` for what is no method, criterion, budget or refinement."""
+    if not isinstance(part, kind):
+        raise InputError(f"{kind.kind} {part!r} is a {type(part).__name__}: give a {kind.__name__}")
 
 
 def settings() -> dict[str, Field]:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from nm_lightning import compress
+from nm_lightning import InputError, compress, load, save, trace
 from tests.networks import (
     ARCHITECTURES,
     random_network,
@@ -53,3 +53,40 @@ def test_the_result_trains_like_any_network(method, tmp_path):
         assert again.model(x).shape == (8, 10)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def small():
+    return nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 3))
+
+
+def spoilt(value):
+    model = small()
+    model[0].weight.data[0, 0] = value
+    return model
+
+
+X = torch.zeros(4, 6)
+BAD = {
+    "0.weight holds values that are not finite": lambda: compress(spoilt(torch.nan), X, "prune"),
+    "0.weight holds values that are not finite: has": lambda: compress(spoilt(torch.inf), X, "fold"),
+    "0.weight has no data": lambda: compress(small().to("meta"), X),
+    "0.weight is float8_e4m3fn": lambda: compress(small().to(torch.float8_e4m3fn), X),
+    "model is the class Linear": lambda: compress(nn.Linear, X),
+    "model is a str": lambda: compress("best.ckpt", X),
+    "model is a NoneType": lambda: trace(None, X),
+    "holds no images: its shape is \\(0, 6\\)": lambda: compress(small(), X[:0]),
+    "recipe is a dict": lambda: compress(small(), X, recipe={"method": "prune"}),
+    "refinement 'refit' is a str": lambda: compress(small(), X, then=["refit"]),
+    "budget 0.5 is a float": lambda: compress(small(), X, budget=0.5),
+    "sites 0": lambda: compress(small(), X, sites=[0]),
+    "seed 'one'": lambda: compress(small(), X, seed="one"),
+    "save was given a Sequential": lambda: save(small(), "small.pt"),
+    "into is a str": lambda: load("small.pt", into="resnet20"),
+}
+
+
+@pytest.mark.parametrize("line", BAD)
+def test_bad_input_is_one_clear_line(line):
+    with pytest.raises(InputError, match=line) as caught:
+        BAD[line]()
+    assert "\n" not in str(caught.value)

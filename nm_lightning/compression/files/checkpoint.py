@@ -14,7 +14,7 @@ from nm_lightning.compression.compress import CompressionResult
 from nm_lightning.compression.files.inert import load_inert
 from nm_lightning.compression.files.partial import hold, reason, sweep
 from nm_lightning.compression.recipe import Recipe
-from nm_lightning.compression.structure.copies import make_plain
+from nm_lightning.compression.structure.copies import check_module, make_plain
 from nm_lightning.compression.structure.plan import Plan, apply_plan
 from nm_lightning.errors import InputError
 
@@ -32,6 +32,8 @@ def save(result: CompressionResult, path: str | Path) -> None:
     ...     load(f"{folder}/small.pt", into=wide)[0]
     Linear(in_features=4, out_features=2, bias=True)
     """
+    if not isinstance(result, CompressionResult):
+        raise InputError(f"save was given a {type(result).__name__}: give what compress returns")
     write(path, result.model.state_dict(), result.plan, result.recipe)
 
 
@@ -85,6 +87,7 @@ def load(path: str | Path, into: nn.Module) -> nn.Module:
     Raises:
         InputError: the file is not such a checkpoint, or belongs to another network.
     """
+    check_module(into, "into")
     checkpoint = read(path)
     if PLAN_KEY not in checkpoint:
         raise InputError(f"{path} is not a compressed checkpoint: it holds no plan")

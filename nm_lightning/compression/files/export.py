@@ -41,6 +41,10 @@ def export(model: nn.Module, example_input: Inputs, path: str | Path) -> Path:
     if path.suffix.removeprefix(".") not in FORMATS:
         raise InputError(f"export {str(path)!r}: end the name with .pt2 or .onnx")
     check_format(path.suffix.removeprefix("."))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"export {str(path)!r} can't be written ({error.strerror}): give another folder") from error
     modes = [(module, module.training) for module in model.modules()]
     args, kwargs = arguments(repeated(example_input, 2))  # a batch of one would stay one
     shapes = pytree.tree_map(lambda each: {0: Dim.AUTO} if isinstance(each, Tensor) else None, args or kwargs)

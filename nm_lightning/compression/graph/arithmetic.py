@@ -9,6 +9,7 @@ from nm_lightning.compression.graph.follow import Follower
 from nm_lightning.compression.graph.neurons import (
     Product,
     along,
+    canonical,
     compact,
     constant,
     is_nobodys,
@@ -159,17 +160,41 @@ def attention(follower: Follower, call: Call) -> Tensor | None:
     return _matmul(follower, call, scores, value)
 
 
+@rule(kinds=["meet"])
+def meet(follower: Follower, call: Call) -> Tensor | None:
+    """Values that are compared, chosen or filled entry by entry: neurons that meet in one are tied."""
+    if not isinstance(call.value, Tensor):
+        return None
+    met, *others = call.sources
+    for other in others:
+        known = call if len(call.sources) == 2 else replace(call, args=())
+        met = combine(follower, replace(known, sources=[met, other]))
+    follower.roles[call.node] = f"{call.operation} is not positively homogeneous"
+    return met.expand_as(call.value)
+
+
+@rule("glu")
+def gated(follower: Follower, call: Call) -> Tensor:
+    """One half times what the other lets through: equally many of each stay, and the same."""
+    dim = getattr(call.layer, "dim", call.argument("dim", 1, -1))
+    if not follower.whole(call.source, dim):
+        follower.quota(follower.settle(call.source, dim), 2)
+    first, second = call.source.chunk(2, dim)
+    follower.roles[call.node] = "multiplied by other neurons"
+    follower.tie(first, second, follower.roles[call.node])
+    return canonical(torch.maximum(first, second))
+
+
 @rule("einsum")
 def einsum(follower: Follower, call: Call) -> Tensor | None:
-    """`torch.einsum` of two operands, without repeated letters or dots."""
-    if len(call.sources) != 2 or not isinstance(call.args[0], str):
+    """`torch.einsum` without a letter twice in one operand: of several, one after the other."""
+    words = _words(call.args[0], call.sources) if isinstance(call.args[0], str) else None
+    if words is None:
         return None
-    inputs, arrow, result = call.args[0].replace(" ", "").partition("->")
-    letters = inputs.split(",")
-    if not arrow or len(letters) != 2 or "." in inputs or any(len(set(word)) < len(word) for word in letters):
-        return None
-    summed = [letter for letter in dict.fromkeys(inputs) if letter not in result and letter != ","]
-    order = [*result, *summed]
+    *words, result = words
+    if len(words) == 1:
+        return _permuted_sum(follower, call, words[0], result)
+    order = [*result, *dict.fromkeys(letter for word in words for letter in word if letter not in result)]
 
     def spread(neurons: Tensor, word: str) -> Tensor:
         neurons = neurons.permute([word.index(letter) for letter in order if letter in word])
@@ -177,10 +202,46 @@ def einsum(follower: Follower, call: Call) -> Tensor | None:
             neurons = neurons if letter in word else neurons.unsqueeze(dim)
         return neurons
 
-    dims = list(range(len(result), len(order)))
-    contracted = _contract(follower, call, *map(spread, call.sources, letters), dims)
+    left, *others = map(spread, call.sources, words)
+    met = words[0]
+    for number, right in enumerate(others, 1):
+        met += words[number]
+        later = result + "".join(words[number + 1 :])
+        dims = [dim for dim, letter in enumerate(order) if letter in met and letter not in later]
+        left = _contract(follower, call, left, right, dims)
     follower.roles[call.node] = "multiplied by other neurons"
-    return contracted.flatten(len(result)).squeeze(-1) if dims else contracted
+    return left.flatten(len(result)).squeeze(-1) if len(order) > len(result) else left
+
+
+def _words(equation: str, sources: list[Tensor]) -> list[str] | None:
+    """The letters of each operand and of the result, those that dots stand for too; None where one comes twice."""
+    inputs, arrow, result = equation.replace(" ", "").partition("->")
+    words, dots = inputs.split(","), ""
+    if len(words) != len(sources):
+        return None
+    for number, (word, source) in enumerate(zip(words, sources, strict=True)):
+        if "..." in word:
+            own = "".join(chr(0x100 + dim) for dim in range(source.ndim - len(word) + 3))[::-1]  # from the right
+            words[number], dots = word.replace("...", own), max(dots, own, key=len)
+    if not arrow:
+        letters = "".join(words)
+        result = dots + "".join(sorted(each for each in {*letters} - {*dots} if letters.count(each) == 1))
+    words.append(result.replace("...", dots))
+    return words if all(len({*word}) == len(word) for word in words) else None
+
+
+def _permuted_sum(follower: Follower, call: Call, word: str, result: str) -> Tensor:
+    """One operand, summed over the letters that the result has not."""
+    source = call.source
+    dims = [dim for dim, letter in enumerate(word) if letter not in result]
+    for dim in dims:
+        follower.hold(source, dim, f"summed over in einsum{where(call.node)}")
+    follower.roles[call.node] = "scale" if dims else "move"
+    if dims and {*varying(source)} <= {*dims}:
+        return nobody(call.value)
+    left = [letter for letter in word if letter in result]
+    source = shrink(source, dims).reshape([source.shape[word.index(letter)] for letter in left]) if dims else source
+    return source.permute([left.index(letter) for letter in result])
 
 
 def _matmul(follower: Follower, call: Call, first: Tensor, second: Tensor, rooted: bool = False) -> Tensor:

@@ -1,11 +1,13 @@
 """Rules for operations that leave each neuron where it is: activations, pooling, padding, means, softmax."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 from torch.nn import functional as F
 
+from nm_lightning.compression.graph.arithmetic import meet
 from nm_lightning.compression.graph.follow import Follower
 from nm_lightning.compression.graph.neurons import constant, nobody, shrink, varying
 from nm_lightning.compression.graph.nodes import where
@@ -79,6 +81,32 @@ def reduce(follower: Follower, call: Call) -> Tensor | None:
     follower.roles[call.node] = "scale"
     shrunk = shrink(call.source, dims)
     return (shrunk if call.argument("keepdim", 2, False) else shrunk.reshape(call.value.shape)).expand_as(call.value)
+
+
+@rule("max", "min")
+def largest(follower: Follower, call: Call) -> Any:
+    """Of two values entry by entry, or over some dimensions: then perhaps with the places, which belong to it."""
+    if len(call.sources) > 1:
+        return meet(follower, call)
+    if isinstance(call.value, Tensor):
+        return reduce(follower, call)
+    found = reduce(follower, replace(call, value=call.value[0]))
+    return (found, found)
+
+
+@rule("viewascomplex")
+def as_complex(follower: Follower, call: Call) -> Tensor:
+    """Pairs along the last dimension become numbers: both of a pair stay or go as one."""
+    follower.hold(call.source, -1, f"paired to complex numbers{where(call.node)}")
+    follower.roles[call.node] = "move"
+    return nobody(call.value) if varying(call.source) == [call.source.ndim - 1] else call.source.select(-1, 0)
+
+
+@rule("viewasreal")
+def as_pairs(follower: Follower, call: Call) -> Tensor:
+    """Numbers become pairs again."""
+    follower.roles[call.node] = "move"
+    return call.source.unsqueeze(-1).expand_as(call.value)
 
 
 @rule("softmax", "logsoftmax", "normalize")

@@ -197,9 +197,9 @@ def multi_head_attention(follower: Follower, call: Call) -> Any:
             follower.freeze(source, f"{name}: nn.MultiheadAttention ties its inner width to embed_dim")
         return nobody(call.value)
     own = {label: follower.name_of(tensor, f"{name}.{label}") for label, tensor in layer.named_parameters()}
-    for source in inputs[1:]:
-        follower.tie(inputs[0], source, f"{name} reads them together")
     reads = along(inputs[0], 2)
+    for source in inputs[1:]:
+        follower.tie(reads, along(source, 2), f"{name} reads them together")
     heads = reads.view(layer.num_heads, layer.head_dim)
     follower.tie(heads, heads[:, :1].expand_as(heads), f"{name} has whole heads")
     inner = heads[:, :1].expand_as(heads).reshape(-1)
@@ -257,13 +257,31 @@ def _functional_product(
     dim = call.value.ndim - 1
     if call.operation != "linear":
         dim = call.value.ndim - given["weight"].ndim + 1
-        if given.get("groups", 1) > 1:
-            return follower.stop(call, f"a functional grouped convolution{where(call.node)}")
+        home = tensors["weight"].rpartition(".")[0]
+        if given.get("groups", 1) > 1 or (home, f"channels of {tensors['weight']}") in follower.before:
+            return _functional_filter(follower, replace(call, name=home), tensors, given, dim)
     follower.read(call, [(tensors["weight"], 1)], dim)
     made = follower.produce(call, [(name, 0) for name in tensors.values()], dim)
     if bias is not None:
         follower.tie(along(made, dim), bias, f"its bias is computed{where(call.node)}")
     return made
+
+
+def _functional_filter(follower: Follower, call: Call, tensors: dict[str, str], given: dict[str, Any], dim: int) -> Any:
+    """A convolution of each channel for itself, as a blur is, whose groups are as many as its input's channels."""
+    groups, channels = call.symbol("groups", 6), follower.settle(call.source, dim)
+    counts = {}
+    if isinstance(groups, fx.Node):
+        told = any(torch.equal(along(*measured), channels) for measured in follower.measured(groups))
+    else:  # an attribute of the module that has the weight
+        own = follower.module_named(call.name) if call.name == call.node.meta["module"] else None
+        counts = dict.fromkeys(follower.attributes(own, groups), 1)
+        told = bool(counts)
+    if not told or not given["groups"] == len(given["weight"]) == len(channels):
+        return follower.stop(call, f"a functional grouped convolution{where(call.node)}")
+    slots = [(name, 0) for name in tensors.values()]
+    follower.see(call, Member(call.name, "channels", slots, counts, channels, axis=dim), f" of {tensors['weight']}")
+    return follower.pass_through(call, [], dim, None, f"{call.operation} filters each channel on its own")
 
 
 def _functional_channels(follower: Follower, call: Call, tensors: dict[str, str], dim: int) -> Any:

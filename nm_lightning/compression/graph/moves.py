@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from nm_lightning.compression.graph.follow import Follower
+from nm_lightning.compression.graph.heads import tell_apart
 from nm_lightning.compression.graph.neurons import along, canonical, constant, lay_along, shrink, varying
 from nm_lightning.compression.graph.nodes import where
 from nm_lightning.compression.graph.rules import Call, rule
@@ -111,7 +112,7 @@ def _parts_that_stay(follower: Follower, call: Call, parts: list[Tensor], sizes:
 
 def _attributes(follower: Follower, call: Call, value: int | list[int]) -> list[str]:
     """Those of the module whose code this is."""
-    return follower.attributes(follower.module_named(call.node.meta["module"]), value)
+    return follower.attributes(follower.module_named(call.name or call.node.meta["module"]), value)
 
 
 def _note_lengths(follower: Follower, call: Call, paths: list[str], owner: Tensor) -> None:
@@ -407,17 +408,19 @@ def _told_by_attributes(
     It is one of `dims`, or, if only `heads` are wanted, perhaps none; in a narrowed network it is that of `told` whose
     attribute it was, even if one neuron is left.
     """
-    owner, at = call.node.meta["module"], f" at {call.node.name}"
+    owner, at = call.name or call.node.meta["module"], f" at {call.node.name}"
     sizes, offset = _sizes(call, result.ndim)
     before = follower.before.get((owner, f"channels{at}"))
     lists = _attributes(follower, call, list(sizes))
     choices = {}
     for dim in dims if before is None else told:
-        names = _attributes(follower, call, result.shape[dim]) + [f"{name}[{dim - offset}]" for name in lists]
-        counts = dict.fromkeys(names, 1) or _whole_heads(follower, call, result.shape[dim])
-        choices[dim] = {
-            name: each for name, each in counts.items() if before is None or before.counts.get(name) == each
-        }
+        names = [] if call.layer is not None else _attributes(follower, call, result.shape[dim])
+        names += [f"{name}[{dim - offset}]" for name in lists]
+        choices[dim] = dict.fromkeys(names, 1) or _whole_heads(follower, call, result.shape[dim])
+    tell_apart(choices, result.ndim)
+    if before is not None:
+        known = before.counts.items()
+        choices = {dim: {n: c for n, c in counts.items() if (n, c) in known} for dim, counts in choices.items()}
     choices = {dim: counts for dim, counts in choices.items() if counts}
     if not choices:
         return []

@@ -24,7 +24,7 @@ from nm_lightning.compression.graph.nodes import in_place
 from nm_lightning.compression.graph.numbers import Whole, numbered
 from nm_lightning.compression.graph.rules import RULES, plain, taught
 from nm_lightning.compression.structure.copies import containers_kept
-from nm_lightning.compression.structure.inputs import Inputs, arguments, first, mapped, tensors_in
+from nm_lightning.compression.structure.inputs import Inputs, arguments, first, layer_by_layer, mapped, tensors_in
 from nm_lightning.compression.structure.operations import CHANNEL_NORMS, MIXING_NORMS, assign_into, facts_of
 from nm_lightning.compression.structure.plan import named_tensors
 from nm_lightning.errors import InputError
@@ -36,6 +36,14 @@ DECIDERS = {
     *(Tensor.__array__, Tensor.__contains__, Tensor.nonzero, torch.nonzero),
     *(torch.is_nonzero, torch.equal, torch.allclose),
 }
+BLOCKS = (  # torch's own, whose code is that of their layers
+    nn.Sequential,
+    nn.Transformer,
+    nn.TransformerEncoder,
+    nn.TransformerEncoderLayer,
+    nn.TransformerDecoder,
+    nn.TransformerDecoderLayer,
+)
 PLAIN = {int, float, bool, str, complex, type(None), type(...), torch.dtype, torch.device, torch.layout}
 
 
@@ -341,6 +349,7 @@ class Recorder(TorchFunctionMode):
             self.patched: set[int] = set()
             if "torch._dynamo" in sys.modules:
                 self.patches.enter_context(torch.compiler.set_stance("force_eager"))
+            self.patches.enter_context(layer_by_layer())
             self._swap(nn.Module, "__call__", call)
             self._swap(builtins, "len", length)
             self.patches.enter_context(self)
@@ -388,7 +397,7 @@ def is_whole(module: nn.Module) -> bool:
     if "forward" in vars(module):  # the user's
         return False
     torchs_own = type(module).__module__.startswith(("torch.nn", "torch.ao.nn"))
-    return bool(taught(module)) or (torchs_own and not isinstance(module, nn.Sequential))
+    return bool(taught(module)) or (torchs_own and not isinstance(module, BLOCKS))
 
 
 def _unchanged(value: Any, *_: Any, **__: Any) -> Any:

@@ -97,6 +97,13 @@ class NarrowNorm(nn.Module):
         super().__init__()
         self.layer, self.axis, self.stays = layer, axis, stays
 
+    def __getattr__(self, name: str) -> Any:
+        """What code asks a norm for, as its epsilon or its weight's dtype, is the narrow layer's."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("layer"), name)
+
     def forward(self, images: Tensor) -> Tensor:
         """The narrow norm's output at its channels, zero at the others."""
         stays = self.stays.to(images.device)

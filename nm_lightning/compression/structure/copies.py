@@ -2,9 +2,8 @@
 
 import copy
 import inspect
-import pickle
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from nm_lightning.compression.structure.computed import make_computed_plain
 from nm_lightning.compression.structure.parts import modules_of
-from nm_lightning.compression.structure.plan import caches, tensors_of
+from nm_lightning.compression.structure.plan import caches, named_tensors, tensors_of
 from nm_lightning.compression.structure.wrappers import unwrap_inside
 from nm_lightning.errors import InputError
 
@@ -26,8 +25,31 @@ ATOMS = {int, float, bool, str, type(None)}  # what is its own copy
 REMOVE = {"WeightNorm": nn.utils.remove_weight_norm, "SpectralNorm": nn.utils.remove_spectral_norm}  # hooks of old
 
 
+def check_module(model: object, label: str = "model") -> None:
+    """Raise `InputError` for what is no network, as its class, its path or its weights."""
+    if isinstance(model, nn.Module):
+        return
+    kind = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+    raise InputError(f"{label} is {kind}: give the network itself, an nn.Module")
+
+
+def check_values(model: nn.Module, read: Set[str]) -> None:
+    """Raise `InputError` for weights without a value; those that are `read` must be finite, too."""
+    learned = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for name, tensor in named_tensors(model).items():
+        if name not in learned | read or not tensor.is_floating_point():
+            continue
+        if tensor.is_meta:
+            raise InputError(f"{name} has no data, it is on the meta device: load the weights first")
+        if tensor.dtype.itemsize < 2:
+            raise InputError(f"{name} is {str(tensor.dtype).removeprefix('torch.')}: give float16 or wider")
+        if bool((~tensor.isfinite() if name in read else tensor.isnan()).any()):
+            raise InputError(f"{name} holds values that are not finite: has the training diverged?")
+
+
 def check_network(model: nn.Module) -> None:
-    """Raise `InputError` for parts whose weights are no tensors yet, or no longer."""
+    """Raise `InputError` for what is no network, and parts whose weights are no tensors yet, or no longer."""
+    check_module(model)
     for name, module in model.named_modules():
         home, label = type(module).__module__, f"{name or 'the network'} ({type(module).__name__})"
         if isinstance(module, torch.jit.ScriptModule):
@@ -97,11 +119,11 @@ def duplicate(model: nn.Module, each: Callable[[Tensor], Tensor] = lambda tensor
             memo.setdefault(id(value), each(value.detach().clone()))
     try:
         result = _deepcopy(model, modules, dict(memo))
-    except (TypeError, RuntimeError, NotImplementedError, pickle.PicklingError):
+    except Exception:  # what a lock raises, or a dictionary whose entries are attributes
         for value in held:
             try:
                 copy.deepcopy(value, dict(memo))
-            except (TypeError, RuntimeError, NotImplementedError, pickle.PicklingError):
+            except Exception:
                 memo[id(value)] = value
         result = _deepcopy(model, modules, dict(memo))
     own = modules_of(result)
@@ -213,6 +235,13 @@ def _hooks(module: nn.Module) -> list:
     return [hook for hook in hooks if isinstance(hook, prune.BasePruningMethod) or type(hook).__name__ in REMOVE]
 
 
+def _forget_loading(module: nn.Module, kind: str) -> None:
+    """Take off what splits a loaded weight into an old norm's parts: torch leaves it there."""
+    for number, each in list(module._load_state_dict_pre_hooks.items()):
+        if type(getattr(each, "hook", each)).__name__ == f"{kind}LoadStateDictPreHook":
+            del module._load_state_dict_pre_hooks[number]
+
+
 def make_plain(model: nn.Module) -> list[str]:
     """Make parametrised weights (weight norm, spectral norm, pruning masks) plain tensors, in place; says which.
 
@@ -224,6 +253,7 @@ def make_plain(model: nn.Module) -> list[str]:
             # a copied module shares its generated class with the original, and removing changes the class
             own = {key: value for key, value in vars(type(module)).items() if key not in ("__dict__", "__weakref__")}
             module.__class__ = type(type(module).__name__, type(module).__bases__, own)
+            module.parametrizations.eval()  # in training, a spectral norm takes a step whenever it is asked
             for tensor in list(module.parametrizations):
                 parametrize.remove_parametrizations(module, tensor, leave_parametrized=True)
                 notes.append(f"{name}.{tensor}: its parametrisation was made plain")
@@ -231,6 +261,7 @@ def make_plain(model: nn.Module) -> list[str]:
             kind = type(hook).__name__
             if kind in REMOVE:
                 REMOVE[kind](module, hook.name)
+                _forget_loading(module, kind)
                 notes.append(f"{name}.{hook.name}: its {kind} was made plain")
             else:
                 prune.remove(module, hook._tensor_name)

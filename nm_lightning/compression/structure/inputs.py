@@ -1,6 +1,7 @@
 """What a network is called with: one tensor, a tuple of inputs, or a dictionary of inputs by name."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ def check_inputs(inputs: Any, label: str = "example_input") -> None:
         raise InputError(
             f"{label} is a {type(inputs).__name__}: give one tensor, a batch of images, or a tuple or dictionary"
         )
+    if not tensors_in(inputs)[0].numel():
+        raise InputError(f"{label} holds no images: its shape is {shapes(inputs)}")
 
 
 def call(model: nn.Module, inputs: Inputs) -> Any:
@@ -27,7 +30,19 @@ def call(model: nn.Module, inputs: Inputs) -> Any:
     torch.Size([1, 3])
     """
     args, kwargs = arguments(inputs)
-    return model(*args, **kwargs)
+    with layer_by_layer():
+        return model(*args, **kwargs)
+
+
+@contextmanager
+def layer_by_layer() -> Iterator[None]:
+    """Torch's transformers run their layers one by one, not fused, so that whoever listens to a layer hears it."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
 
 
 def arguments(inputs: Inputs) -> tuple[tuple, dict[str, Any]]:

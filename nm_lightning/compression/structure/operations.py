@@ -27,8 +27,9 @@ class Operation:
 
     Attributes:
         kind: `entry` (each entry for itself), `pool`, `resample`, `pad` (over space, channel by channel), `reduce`,
-            `move` (entries only change their place), `sum`, `product`, `quotient`, `assign`, `layer` (of those that
-            `torch.nn.functional` has, where the weights are arguments).
+            `move` (entries only change their place), `sum`, `product`, `quotient`, `meet` (two or three values entry by
+            entry, in another way), `assign`, `layer` (of those that `torch.nn.functional` has, where the weights are
+            arguments).
         homogeneous: whether `f(s x) = s f(x)` for every `s >= 0`.
         idle: whether it leaves its input as it is when the network is evaluated.
         limit: of a rectifier, the value above which it saturates, infinite for ReLU; None for what is no rectifier.
@@ -69,8 +70,9 @@ OPERATIONS: dict[str, Operation] = {
     ),
     **_all(
         "gelu silu elu selu celu mish softplus sigmoid tanh hardtanh hardswish hardsigmoid logsigmoid softsign clamp "
-        "clip exp sqrt rsqrt pow square threshold hardshrink softshrink tanhshrink reciprocal maskedfill erf zeroslike "
-        "oneslike emptylike fulllike randlike randnlike bernoulli",
+        "clip exp sqrt rsqrt pow square threshold hardshrink softshrink tanhshrink reciprocal erf zeroslike oneslike "
+        "emptylike fulllike randlike randnlike bernoulli log log2 log10 log1p exp2 expm1 sin cos atan sinh cosh asinh "
+        "round floor ceil trunc frac sign erfc nantonum isnan isinf isfinite logicalnot invert bool int",
         "entry",
     ),
     # the digit before the last letter counts the dimensions of space
@@ -98,6 +100,11 @@ OPERATIONS: dict[str, Operation] = {
     "iadd": Operation("sum", twin=operator.add),
     "isub": Operation("sum", twin=operator.sub),
     **_all("mul multiply", "product"),
+    **_all(
+        "gt lt ge le eq ne greater less greaterequal lessequal maximum minimum fmax fmin logicaland logicalor and or "
+        "where maskedfill",
+        "meet",
+    ),
     "imul": Operation("product", twin=operator.mul),
     **_all("div divide truediv", "quotient"),
     "itruediv": Operation("quotient", twin=operator.truediv),

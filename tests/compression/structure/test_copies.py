@@ -109,3 +109,35 @@ def test_an_activation_that_a_network_keeps_is_no_obstacle():
     model, x = Watched(), torch.randn(4, 6)
     model(x)
     assert compress(model, x, "merge", ratio=0.5).model(x).shape == (4, 3)
+
+
+def test_a_spectral_norm_in_training_is_made_plain_as_it_is_evaluated():
+    """Whenever it is asked in training, it takes a step."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(6, 12)), nn.ReLU(), nn.Linear(12, 3))
+    x = torch.randn(4, 6)
+    same = compress(model, x, ratio=0).model.eval()
+    assert torch.equal(same(x), model.eval()(x))
+
+
+def test_an_old_spectral_norm_loads_again(tmp_path):
+    def make():
+        return nn.Sequential(nn.utils.spectral_norm(nn.Linear(6, 12)), nn.ReLU(), nn.Linear(12, 3)).eval()
+
+    x = torch.randn(4, 6)
+    result = compress(make(), x, "prune", ratio=0.5)
+    save(result, tmp_path / "small.pt")
+    torch.testing.assert_close(load(tmp_path / "small.pt", into=make())(x), result.model(x))
+
+
+class Settings(dict):
+    """A dictionary whose entries are attributes: it can't be copied."""
+
+    __getattr__ = dict.__getitem__
+
+
+def test_what_cannot_be_copied_is_shared():
+    model = small()
+    model.settings = Settings(width=12)
+    result = compress(model, torch.randn(4, 6), "prune", ratio=0.5)
+    assert result.model[0].out_features == 6 and result.model.settings is model.settings
