@@ -15,7 +15,13 @@ from nm_lightning.compression.graph.follow import Follower
 from nm_lightning.compression.graph.neurons import along, is_nobodys, lay_along, nobody, varying
 from nm_lightning.compression.graph.nodes import where
 from nm_lightning.compression.graph.rules import OWN_NORM, Call, rule
-from nm_lightning.compression.structure.operations import BATCH_NORMS, CHANNEL_NORMS, CONVOLUTIONS, TRANSPOSED
+from nm_lightning.compression.structure.operations import (
+    BATCH_NORMS,
+    CHANNEL_NORMS,
+    CONVOLUTIONS,
+    TRANSPOSED,
+    channels_of,
+)
 from nm_lightning.compression.structure.sites import Member
 
 # the functions, with the names of their arguments
@@ -118,7 +124,7 @@ def layer_norm(follower: Follower, call: Call) -> Any:
 def own_norm(follower: Follower, call: Call) -> Any:
     """A normalisation that somebody wrote out: narrow, it computes over the survivors, as torch's own do."""
     own, dims = dict(call.layer.named_parameters()), varying(call.source)
-    channels = next(iter(own.values())).numel()
+    channels = channels_of(call.layer)
     fits = call.value.shape == call.source.shape and len(call.sources) == 1
     if not dims:
         return call.source if fits else nobody(call.value)
@@ -149,13 +155,13 @@ def keeps_order(norm: nn.Module, ndim: int, dims: Sequence[int]) -> bool:
     dimensions, of heads say, each head is for itself, and the last has the channels.
 
     Args:
-        norm: it has parameters with a number for each channel; they may be without data.
+        norm: its parameters, if any, have a number for each channel; they may be without data.
         ndim: of what it reads.
         dims: along which neurons change.
     """
     draw, dim = partial(torch.rand, generator=torch.Generator().manual_seed(0)), dims[-1]
     own = {name: draw(each.shape) + 0.5 for name, each in norm.named_parameters()}
-    channels = max(next(iter(own.values())).shape)
+    channels = channels_of(norm)
     shape = [3] * ndim
     shape[dim] = channels
     images, tried, turned = 2 * draw(shape) - 1, copy.deepcopy(norm), torch.arange(channels).roll(1)
