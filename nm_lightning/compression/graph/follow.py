@@ -42,6 +42,7 @@ from nm_lightning.compression.structure.sites import Member
 
 # where sizes only give shapes
 SHAPED = {"zeros", "ones", "empty", "newzeros", "newones", "newempty", "rand", "randn", "layernorm"}
+SHAPED |= {"conv1d", "conv2d", "conv3d"}  # a number of groups
 SHAPED_KINDS = {"move", "pool", "resample", "pad"}
 
 Slots = list[tuple[str, int]]  # see `Member`

@@ -13,7 +13,7 @@ from torch.func import functional_call
 
 from nm_lightning.compression.graph.follow import Follower
 from nm_lightning.compression.graph.neurons import along, is_nobodys, lay_along, nobody, varying
-from nm_lightning.compression.graph.nodes import where
+from nm_lightning.compression.graph.nodes import operation_name, where
 from nm_lightning.compression.graph.rules import OWN_NORM, Call, rule
 from nm_lightning.compression.structure.operations import (
     BATCH_NORMS,
@@ -230,6 +230,8 @@ def functional(follower: Follower, call: Call) -> Any:
     given = dict(zip(labels, call.args, strict=False)) | call.kwargs
     nodes = dict(zip(labels, node.args, strict=False)) | dict(node.kwargs)
     call = replace(call, source=follower.origins[nodes["input"]])
+    if operation.startswith("conv") and 1 < given.get("groups", 1) == given["weight"].shape[0]:
+        return _functional_filter(follower, call, nodes)
     tensors, bias = {}, None
     for label in TENSORS:
         argument = nodes.get(label)
@@ -270,6 +272,25 @@ def _functional_product(
     if bias is not None:
         follower.tie(along(made, dim), bias, f"its bias is computed{where(call.node)}")
     return made
+
+
+def _functional_filter(follower: Follower, call: Call, nodes: dict[str, Any]) -> Any:
+    """A convolution of each channel for itself, by filters of a tensor of the network's, or by one filter for all."""
+    home, groups, weight = call.node.meta["module"], nodes["groups"], nodes["weight"]
+    dim, bias = call.value.ndim - follower.recorder.values[weight].ndim + 1, nodes.get("bias")
+    held = follower.attributes(follower.module_named(home), groups) if isinstance(groups, int) else []
+    slots = [(follower.name_of(follower.recorder.values[own], own.target), 0) for own in (weight, bias)
+             if isinstance(own, fx.Node) and own.op == "get_attr"]  # fmt: skip
+    one = isinstance(weight, fx.Node) and operation_name(weight, None) == "expand" and bias is None
+    one = one and follower.recorder.values[weight.args[0]].shape[0] == 1
+    known = len(slots) == 1 + (bias is not None) or one
+    measured = isinstance(groups, fx.Node) and follower.measured(groups)
+    same = measured and all(torch.equal(along(neurons, at), along(call.source, dim)) for neurons, at in measured)
+    whole = call.value.shape[dim] == call.source.shape[dim]
+    if not (known and whole and (held or (same and groups.target == "size"))):
+        return follower.stop(call, f"a functional grouped convolution{where(call.node)}")
+    own = replace(call, name=home)
+    return follower.pass_through(own, slots, dim, dict.fromkeys(held, 1), f"{home} filters each channel on its own")
 
 
 def _functional_channels(follower: Follower, call: Call, tensors: dict[str, str], dim: int) -> Any:

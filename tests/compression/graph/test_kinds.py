@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -123,3 +124,26 @@ class Resized(nn.Module):
 
 def test_positions_that_are_stretched_shrink_with_their_channels():
     assert agrees(Resized(), torch.randn(IMAGE)).model.positions.shape == (1, 5, 8)
+
+
+class Blur(nn.Module):
+    """A fixed filter for each channel, or one for all, as a function."""
+
+    def __init__(self, own):
+        super().__init__()
+        self.channels = 16 if own else None
+        self.register_buffer("filter", torch.rand(16 if own else 1, 1, 3, 3))
+
+    def forward(self, x):
+        channels = x.shape[1] if self.channels is None else self.channels
+        weight = self.filter if self.channels else self.filter.expand(channels, 1, 3, 3)
+        return F.conv2d(x, weight, stride=2, groups=channels)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_filter_of_each_channel_may_be_a_function(own):
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), Blur(own), nn.ReLU(), nn.Conv2d(16, 4, 1))
+    result = agrees(model, torch.randn(IMAGE))
+    assert result.model[0].out_channels == 8
+    assert result.model[2].filter.shape[0] == (8 if own else 1)
+    assert result.model[2].channels == (8 if own else None)
