@@ -134,7 +134,8 @@ def is_own_norm(layer: object) -> bool:
         return False
     own = dict(layer.named_parameters())
     if not own:
-        return len(getattr(layer, "normalized_shape", None) or ()) == 1
+        shape = getattr(layer, "normalized_shape", None)
+        return isinstance(shape, (tuple, list)) and len(shape) == 1
     sizes = {(tensor.numel(), max(tensor.shape, default=0)) for tensor in own.values()}
     return len(sizes) == 1 and len(set(*sizes)) == 1 and not any("." in name for name in own)
 
