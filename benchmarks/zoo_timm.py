@@ -1,4 +1,4 @@
-"""One network of each of timm's architecture modules, and ten image classifiers of transformers, at ratio 0.5.
+"""One network of each of timm's architecture modules, and fifteen image classifiers of transformers, at ratio 0.5.
 
     python benchmarks/zoo_timm.py              # those that docs/zoo_timm.jsonl lacks; a run that was stopped goes on
     python benchmarks/zoo_timm.py levit gcvit  # these modules again
@@ -6,10 +6,11 @@
     python benchmarks/zoo_timm.py --table      # only docs/zoo_timm.md from the lines
 
 Of timm it is the network with the fewest parameters that can be built (those named `test_` only where there is no
-other), of transformers a small configuration; all with random weights, in scope `all`, each in a process of its own
-with a limit of time. Of each it is noted: whether it was traced; whether ratio 0 gives the same bits; how far the
-narrow network is from the masked wide one; whether a saved one loads with the same bits; the MACs that are left; why
-layers stayed whole; what torch-pruning leaves, which removes half of every layer but the last.
+other; two with fewer blocks, see `SMALLER`), of transformers a small configuration; all with random weights, in scope
+`all`, each in a process of its own with a limit of time. Of each it is noted: whether it was traced; whether ratio 0
+gives the same bits; how far the narrow network is from the masked wide one; whether a saved one loads with the same
+bits; the MACs that are left; why layers stayed whole; what torch-pruning leaves, which removes half of every layer but
+the last.
 """
 
 import argparse
@@ -50,6 +51,17 @@ SMALL: dict[str, dict] = {  # of transformers: small settings by the name of the
     "mobilenet_v2": {"depth_multiplier": 0.5},
     "poolformer": {"hidden_sizes": [32, 64, 160, 256], "depths": [1, 1, 2, 1]},
     "levit": {},
+    "segformer": {"hidden_sizes": [16, 32, 64, 128], "depths": [1, 1, 2, 1], "num_attention_heads": [1, 2, 4, 8]},
+    "pvt_v2": {"hidden_sizes": [16, 32, 64, 128], "depths": [1, 1, 2, 1], "num_attention_heads": [1, 2, 4, 8]},
+    "pvt": {"hidden_sizes": [16, 32, 64, 128], "depths": [1, 1, 2, 1], "num_attention_heads": [1, 2, 4, 8]},
+    "dinov2_with_registers": {"hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 3, "image_size": 224},
+    "data2vec-vision": {
+        "hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 3
+    },
+}  # fmt: skip
+SMALLER: dict[str, dict] = {  # of timm: networks whose smallest one runs for minutes, by fewer blocks on smaller images
+    "timm/deepseek_vit_412m": {"depth": 2, "img_size": 140, "num_classes": 1000},
+    "timm/gemma4_vit_167m": {"depth": 2, "img_size": 192, "num_classes": 1000},
 }
 
 
@@ -81,6 +93,12 @@ def built(name: str) -> tuple[nn.Module, Tensor]:
 
 
 def _as_it_begins(name: str) -> tuple[nn.Module, Tensor]:
+    if name in SMALLER:
+        import timm
+
+        torch.manual_seed(0)
+        size = SMALLER[name]["img_size"]
+        return timm.create_model(name.removeprefix("timm/"), **SMALLER[name]).eval(), torch.randn(2, 3, size, size)
     if not name.startswith("transformers/"):
         return build(name)
     from transformers import AutoConfig, AutoModelForImageClassification
@@ -294,10 +312,10 @@ def main() -> None:
         print(json.dumps(row), flush=True)
 
     if not args.table:
-        names = {module: row["name"] for module, row in rows.items()}
+        small = {f"transformers/{kind}": f"transformers/{kind}" for kind in SMALL}
+        names = {module: row["name"] for module, row in rows.items()} | small
         if not names.keys() >= set(args.modules or ["all"]):
-            names = {module: f"timm/{name}" for module, name in smallest().items()}
-            names |= {f"transformers/{kind}": f"transformers/{kind}" for kind in SMALL}
+            names = {module: f"timm/{name}" for module, name in smallest().items()} | small
         for module in args.modules or names:
             if args.modules or module not in rows:
                 found = in_a_process(names[module], ["ours", "torch_pruning"], args.seconds)

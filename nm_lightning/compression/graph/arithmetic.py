@@ -1,4 +1,4 @@
-"""Rules for operations in which neurons meet: sums, products, matrix products and attention."""
+"""Rules for operations in which neurons meet: sums, products, what is put side by side, matrix products, attention."""
 
 from dataclasses import replace
 
@@ -25,7 +25,7 @@ from nm_lightning.compression.structure.sites import NOBODY, Member
 
 # operations that may lie between a parameter and its neighbour
 ON_THE_WAY = {"getitem", "narrow", "select", "squeeze", "unsqueeze", "expand", "permute", "transpose", "movedim", "t"}
-ON_THE_WAY |= {"to", "float", "detach", "view", "reshape", "contiguous"}
+ON_THE_WAY |= {"to", "float", "detach", "view", "reshape", "flatten", "contiguous"}
 
 
 @rule(kinds=["sum", "product", "quotient"])
@@ -92,39 +92,104 @@ def _bind(follower: Follower, call: Call, given: fx.Node, dim: int, unbound: Ten
         dim: the neurons' in the call's value.
         unbound: what is known of it yet, in the value's shape.
     """
-    node, steps = given, []
-    while isinstance(node, fx.Node) and len(node.all_input_nodes) > 0 and (_moves(node) or _entrywise(node)):
-        steps.append(node)
-        node = node.args[0]
-    if not isinstance(node, fx.Node) or node.op != "get_attr":
+    node, steps = _parameter_behind(follower, given)
+    if node is None:
         return unbound
     own = dim - (call.value.ndim - follower.recorder.values[given].ndim)
     if own < 0:
         return unbound
     tensor = follower.recorder.values[node]
-    if facts_of(call.operation).kind == "sum" and not isinstance(tensor, nn.Parameter):
+    if facts_of(call.operation).kind in ("sum", "move") and not isinstance(tensor, nn.Parameter):
         return unbound  # fixed positions say something where a layer says nothing, and no criterion sees them
-    if not tensor.is_floating_point() or any(user in follower.origins and user not in steps for user in node.users):
+    seen = (user for each in (node, *steps[:-1]) for user in each.users)
+    if not tensor.is_floating_point() or any(user in follower.origins and user not in steps for user in seen):
         return unbound
     for axis in range(tensor.ndim):
-        places = lay_along(torch.arange(tensor.shape[axis]), axis, tensor.ndim).expand_as(tensor)
-        for step in reversed(steps):
-            places = follower.moved(step, places) if _moves(step) else places
-        if varying(places) == [own] and torch.equal(along(places, own), torch.arange(call.value.shape[dim])):
+        places = {node: lay_along(torch.arange(tensor.shape[axis]), axis, tensor.ndim).expand_as(tensor)}
+        for step in steps:
+            places[step] = _placed(follower, step, places)
+        found = places[given]
+        if varying(found) == [own] and torch.equal(along(found, own), torch.arange(call.value.shape[dim])):
             name = follower.name_of(tensor, node.target)
             follower.origins[node] = follower.bind(replace(call, node=node, value=tensor), name, axis)
-            for step in reversed(steps):
+            for step in steps:
                 follower.step(step)
             return follower.origins[given].expand_as(unbound)
     return unbound
+
+
+def _parameter_behind(follower: Follower, given: fx.Node) -> tuple[fx.Node | None, list[fx.Node]]:
+    """The one parameter that a value is made of, and the steps in between, in order; None where there is more to it."""
+    steps, roots, ahead = set(), set(), [given]
+    while ahead:
+        node = ahead.pop()
+        if not isinstance(node, fx.Node) or node.op not in ("get_attr", "call_method", "call_function"):
+            return None, []
+        if node.op == "get_attr":
+            roots.add(node)
+        elif node not in steps:
+            if not (_moves(node) or _entrywise(node) or _resizes(node) or _joins(node)):
+                return None, []
+            steps.add(node)
+            ahead += node.args[0] if _joins(node) else node.args[:1]
+    known = len(roots) == 1 and all(isinstance(follower.recorder.values.get(step), Tensor) for step in steps)
+    return (roots.pop(), [node for node in follower.graph.nodes if node in steps]) if known else (None, [])
+
+
+def _placed(follower: Follower, step: fx.Node, places: dict[fx.Node, Tensor]) -> Tensor:
+    """Which place along a parameter's axis each entry of a step's value comes from; -1 where it is several."""
+    if _joins(step):
+        dim = step.kwargs.get("dim", step.args[1] if len(step.args) > 1 else 0)
+        return torch.cat([places[part] for part in step.args[0]], dim)
+    given, shape = places[step.args[0]], follower.recorder.values[step].shape
+    if _resizes(step):
+        changed = [dim for dim in range(given.ndim) if given.shape[dim] != shape[dim]]
+        alike = all(constant(given, dim) for dim in changed)
+        return shrink(given, changed).expand(shape) if alike else torch.full(shape, -1)
+    return follower.moved(step, given) if _moves(step) else given
 
 
 def _moves(node: fx.Node) -> bool:
     return operation_name(node, None) in ON_THE_WAY
 
 
+def _resizes(node: fx.Node) -> bool:
+    return facts_of(operation_name(node, None)).kind == "resample"
+
+
+def _joins(node: fx.Node) -> bool:
+    return (
+        operation_name(node, None) in ("cat", "concat") and bool(node.args) and isinstance(node.args[0], (list, tuple))
+    )
+
+
 def _entrywise(node: fx.Node) -> bool:
     return node.op != "call_module" and facts_of(operation_name(node, None)).kind == "entry"
+
+
+@rule("cat", "concat")
+def concatenate(follower: Follower, call: Call) -> Tensor:
+    """`torch.cat`, without writing out the repetitions that all parts share.
+
+    Along a dimension where no part changes its neurons (tokens, space), the parts are the same neurons. A parameter
+    with several long dimensions, as tokens that are put before the others, is bound there.
+    """
+    follower.roles[call.node] = "move"
+    parts, dim = [*call.origins[0][0]], call.argument("dim", 1, 0)
+    dim %= parts[0].ndim
+    shape = list(parts[0].shape)
+    shape[dim] = sum(part.shape[dim] for part in parts)
+    dims = next(filter(None, map(varying, parts)), [])
+    if len(dims) == 1 and dim not in dims:
+        for place, given in enumerate(call.symbol("tensors", 0)):
+            if is_nobodys(parts[place]):
+                parts[place] = _bind(follower, call, given, dims[0], parts[place])
+    if dims and dim not in dims and all(varying(part) == dims for part in parts):
+        for part in parts[1:]:
+            follower.tie(shrink(parts[0], [dim]), shrink(part, [dim]), "put side by side", additive=True)
+        return canonical(shrink(parts[0], [dim]).expand(shape))
+    shared = [d for d in range(len(shape)) if d != dim and all(part.stride(d) == 0 for part in parts)]
+    return canonical(torch.cat([shrink(part, shared) for part in parts], dim).expand(shape))
 
 
 @rule("matmul", "bmm")

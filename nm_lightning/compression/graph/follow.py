@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from nm_lightning.compression.graph.attributes import attributes_of, counts_heads
 from nm_lightning.compression.graph.neurons import (
     Facts,
     Quota,
@@ -41,7 +42,7 @@ from nm_lightning.compression.structure.sites import Member
 
 # where sizes only give shapes
 SHAPED = {"zeros", "ones", "empty", "newzeros", "newones", "newempty", "rand", "randn", "layernorm"}
-SHAPED |= {"conv1d", "conv2d", "conv3d"}
+SHAPED |= {"conv1d", "conv2d", "conv3d"}  # a number of groups
 SHAPED_KINDS = {"move", "pool", "resample", "pad"}
 
 Slots = list[tuple[str, int]]  # see `Member`
@@ -172,9 +173,7 @@ class Follower:
 
     def attributes(self, module: nn.Module | None, value: int | list[int]) -> list[str]:
         """The attributes of a module that hold a number, or a list or tuple of these numbers."""
-        kinds = (int,) if isinstance(value, int) else (list, tuple)
-        held = vars(module).items() if module is not None else ()
-        return [name for name, own in held if type(own) in kinds and (own if kinds == (int,) else list(own)) == value]
+        return attributes_of(module, value)
 
     # -- what rules say
 
@@ -399,7 +398,9 @@ class Follower:
         if not isinstance(width, fx.Node) or not isinstance(count, int):
             return False
         module = self.module_named(size.meta["module"])
-        heads = {name for name, held in vars(module).items() if held == count and "head" in name} if module else set()
+        heads = (
+            {name for name, held in vars(module).items() if held == count and counts_heads(name)} if module else set()
+        )
         return bool(heads) and self.recorder.values[width] % count == 0
 
     def _hold_numbers(self, call: Call) -> None:

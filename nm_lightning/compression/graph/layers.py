@@ -13,9 +13,15 @@ from torch.func import functional_call
 
 from nm_lightning.compression.graph.follow import Follower
 from nm_lightning.compression.graph.neurons import along, is_nobodys, lay_along, nobody, varying
-from nm_lightning.compression.graph.nodes import where
+from nm_lightning.compression.graph.nodes import operation_name, where
 from nm_lightning.compression.graph.rules import OWN_NORM, Call, rule
-from nm_lightning.compression.structure.operations import BATCH_NORMS, CHANNEL_NORMS, CONVOLUTIONS, TRANSPOSED
+from nm_lightning.compression.structure.operations import (
+    BATCH_NORMS,
+    CHANNEL_NORMS,
+    CONVOLUTIONS,
+    TRANSPOSED,
+    channels_of,
+)
 from nm_lightning.compression.structure.sites import Member
 
 # the functions, with the names of their arguments
@@ -118,7 +124,7 @@ def layer_norm(follower: Follower, call: Call) -> Any:
 def own_norm(follower: Follower, call: Call) -> Any:
     """A normalisation that somebody wrote out: narrow, it computes over the survivors, as torch's own do."""
     own, dims = dict(call.layer.named_parameters()), varying(call.source)
-    channels = next(iter(own.values())).numel()
+    channels = channels_of(call.layer)
     fits = call.value.shape == call.source.shape and len(call.sources) == 1
     if not dims:
         return call.source if fits else nobody(call.value)
@@ -149,13 +155,13 @@ def keeps_order(norm: nn.Module, ndim: int, dims: Sequence[int]) -> bool:
     dimensions, of heads say, each head is for itself, and the last has the channels.
 
     Args:
-        norm: it has parameters with a number for each channel; they may be without data.
+        norm: its parameters, if any, have a number for each channel; they may be without data.
         ndim: of what it reads.
         dims: along which neurons change.
     """
     draw, dim = partial(torch.rand, generator=torch.Generator().manual_seed(0)), dims[-1]
     own = {name: draw(each.shape) + 0.5 for name, each in norm.named_parameters()}
-    channels = max(next(iter(own.values())).shape)
+    channels = channels_of(norm)
     shape = [3] * ndim
     shape[dim] = channels
     images, tried, turned = 2 * draw(shape) - 1, copy.deepcopy(norm), torch.arange(channels).roll(1)
@@ -224,6 +230,10 @@ def functional(follower: Follower, call: Call) -> Any:
     given = dict(zip(labels, call.args, strict=False)) | call.kwargs
     nodes = dict(zip(labels, node.args, strict=False)) | dict(node.kwargs)
     call = replace(call, source=follower.origins[nodes["input"]])
+    at = f" at {node.name}"
+    alone = operation.startswith("conv") and 1 < given.get("groups", 1) == given["weight"].shape[0]
+    if alone or (node.meta["module"], f"channels{at}") in follower.before:
+        return _functional_filter(follower, call, nodes, at)
     tensors, bias = {}, None
     for label in TENSORS:
         argument = nodes.get(label)
@@ -257,9 +267,8 @@ def _functional_product(
     dim = call.value.ndim - 1
     if call.operation != "linear":
         dim = call.value.ndim - given["weight"].ndim + 1
-        home = tensors["weight"].rpartition(".")[0]
-        if given.get("groups", 1) > 1 or (home, f"channels of {tensors['weight']}") in follower.before:
-            return _functional_filter(follower, replace(call, name=home), tensors, given, dim)
+        if given.get("groups", 1) > 1:
+            return follower.stop(call, f"a functional grouped convolution{where(call.node)}")
     follower.read(call, [(tensors["weight"], 1)], dim)
     made = follower.produce(call, [(name, 0) for name in tensors.values()], dim)
     if bias is not None:
@@ -267,20 +276,23 @@ def _functional_product(
     return made
 
 
-def _functional_filter(follower: Follower, call: Call, tensors: dict[str, str], given: dict[str, Any], dim: int) -> Any:
-    """A convolution of each channel for itself, as a blur is, whose groups are as many as its input's channels."""
-    groups, channels = call.symbol("groups", 6), follower.settle(call.source, dim)
-    counts = {}
-    if isinstance(groups, fx.Node):
-        told = any(torch.equal(along(*measured), channels) for measured in follower.measured(groups))
-    else:  # an attribute of the module that has the weight
-        own = follower.module_named(call.name) if call.name == call.node.meta["module"] else None
-        counts = dict.fromkeys(follower.attributes(own, groups), 1)
-        told = bool(counts)
-    if not told or not given["groups"] == len(given["weight"]) == len(channels):
+def _functional_filter(follower: Follower, call: Call, nodes: dict[str, Any], at: str) -> Any:
+    """A convolution of each channel for itself, by filters of a tensor of the network's, or by one filter for all."""
+    home, groups, weight = call.node.meta["module"], nodes.get("groups", 1), nodes["weight"]
+    dim, bias = call.value.ndim - follower.recorder.values[weight].ndim + 1, nodes.get("bias")
+    held = follower.attributes(follower.module_named(home), groups) if isinstance(groups, int) else []
+    slots = [(follower.name_of(follower.recorder.values[own], own.target), 0) for own in (weight, bias)
+             if isinstance(own, fx.Node) and own.op == "get_attr"]  # fmt: skip
+    one = isinstance(weight, fx.Node) and operation_name(weight, None) == "expand" and bias is None
+    one = one and follower.recorder.values[weight.args[0]].shape[0] == 1
+    known = len(slots) == 1 + (bias is not None) or one
+    channels = follower.settle(call.source, dim)
+    measured = isinstance(groups, fx.Node) and groups.target == "size" and follower.measured(groups)
+    same = measured and all(torch.equal(along(*each), channels) for each in measured)
+    if not (known and call.value.shape[dim] == len(channels) and (held or same)):
         return follower.stop(call, f"a functional grouped convolution{where(call.node)}")
-    slots = [(name, 0) for name in tensors.values()]
-    follower.see(call, Member(call.name, "channels", slots, counts, channels, axis=dim), f" of {tensors['weight']}")
+    if slots or held:
+        follower.see(call, Member(home, "channels", slots, dict.fromkeys(held, 1), channels, axis=dim), at)
     return follower.pass_through(call, [], dim, None, f"{call.operation} filters each channel on its own")
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from nm_lightning.compression.graph.attributes import counts_heads, settings_of, tell_apart
 from nm_lightning.compression.graph.follow import Follower
-from nm_lightning.compression.graph.heads import tell_apart
 from nm_lightning.compression.graph.neurons import along, canonical, constant, lay_along, shrink, varying
 from nm_lightning.compression.graph.nodes import where
 from nm_lightning.compression.graph.rules import Call, rule
@@ -32,26 +32,6 @@ def move(follower: Follower, call: Call) -> Any:
     else:
         result = call.node.target(*moved, **options)
     return mapped(canonical, result)
-
-
-@rule("cat", "concat")
-def concatenate(follower: Follower, call: Call) -> Tensor:
-    """`torch.cat`, without writing out the repetitions that all parts share.
-
-    Along a dimension where no part changes its neurons (tokens, space), the parts are the same neurons.
-    """
-    follower.roles[call.node] = "move"
-    parts, dim = call.origins[0][0], call.argument("dim", 1, 0)
-    dim %= parts[0].ndim
-    shape = list(parts[0].shape)
-    shape[dim] = sum(part.shape[dim] for part in parts)
-    dims = varying(parts[0])
-    if dims and dim not in dims and all(varying(part) == dims for part in parts):
-        for part in parts[1:]:
-            follower.tie(shrink(parts[0], [dim]), shrink(part, [dim]), "put side by side", additive=True)
-        return canonical(shrink(parts[0], [dim]).expand(shape))
-    shared = [d for d in range(len(shape)) if d != dim and all(part.stride(d) == 0 for part in parts)]
-    return canonical(torch.cat([shrink(part, shared) for part in parts], dim).expand(shape))
 
 
 @rule("chunk", "split")
@@ -416,6 +396,8 @@ def _told_by_attributes(
     for dim in dims if before is None else told:
         names = [] if call.layer is not None else _attributes(follower, call, result.shape[dim])
         names += [f"{name}[{dim - offset}]" for name in lists]
+        if not names or before is not None:
+            names += settings_of(follower.module_named(owner), result.shape[dim])
         choices[dim] = dict.fromkeys(names, 1) or _whole_heads(follower, call, result.shape[dim])
     tell_apart(choices, result.ndim)
     if before is not None:
@@ -424,7 +406,7 @@ def _told_by_attributes(
     choices = {dim: counts for dim, counts in choices.items() if counts}
     if not choices:
         return []
-    whole = [dim for dim, names in choices.items() if any("head" in n and "dim" not in n for n in names)]
+    whole = [dim for dim, names in choices.items() if any(map(counts_heads, names))]
     if heads and not whole:
         return []
     dim = whole[-1] if whole else next(iter(choices))  # (3, heads, ...): a literal 3 comes first
@@ -441,4 +423,4 @@ def _whole_heads(follower: Follower, call: Call, size: int) -> dict[str, int]:
     held = vars(module).items() if module is not None else ()
     numbers = {name: value for name, value in held if type(value) is int and value > 1}
     pairs = [(first, second) for first in numbers for second in numbers if numbers[first] * numbers[second] == size]
-    return {heads: numbers[length] for heads, length in pairs if "head" in heads and "dim" not in heads != length}
+    return {heads: numbers[length] for heads, length in pairs if counts_heads(heads) and heads != length}

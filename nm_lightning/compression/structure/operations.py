@@ -133,12 +133,21 @@ def is_own_norm(layer: object) -> bool:
     """Whether it is a normalisation that somebody wrote out, as RMSNorm or global response normalisation often is.
 
     A module that is called so, without buffers, all of whose parameters are its own and have a number for each channel;
-    its parts, if it has some, are activations and the like.
+    its parts, if it has some, are activations and the like. One without parameters has a `normalized_shape`.
     """
     if not isinstance(layer, nn.Module) or type(layer).__module__.startswith("torch."):
         return False
     if isinstance(layer, LAYERS) or not NORM.search(type(layer).__name__) or {*layer.buffers()}:
         return False
     own = dict(layer.named_parameters())
+    if not own:
+        shape = getattr(layer, "normalized_shape", None)
+        return isinstance(shape, (tuple, list)) and len(shape) == 1
     sizes = {(tensor.numel(), max(tensor.shape, default=0)) for tensor in own.values()}
     return len(sizes) == 1 and len(set(*sizes)) == 1 and not any("." in name for name in own)
+
+
+def channels_of(norm: nn.Module) -> int:
+    """The number of channels of a normalisation that somebody wrote out."""
+    own = next(norm.parameters(), None)
+    return own.numel() if own is not None else norm.normalized_shape[0]

@@ -3,6 +3,7 @@
 It is plain lists and numbers, so that it travels in a checkpoint.
 """
 
+import copy
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -72,15 +73,27 @@ def apply_plan(
     for path, length in plan.get("attributes", {}).items():
         layer, _, attribute = path.rpartition(".")
         attribute, _, place = attribute.partition("[")
-        module = model.get_submodule(layer)
-        before = getattr(module, attribute)
+        home = _holder(model, layer)
+        before = getattr(home, attribute)
         if isinstance(before, (tuple, list)):
             place = int(place.rstrip("]") or 0)
             length = type(before)([*before[:place], length, *before[place + 1 :]])
-        setattr(module, attribute, length)
+        setattr(home, attribute, length)
     for held in caches(model):
         held.clear()
     return model._apply(lambda tensor: tensor)  # as when a network moves: what modules computed before is forgotten
+
+
+def _holder(model: nn.Module, path: str) -> Any:
+    """What has an attribute: a module, or its settings, of which it gets a copy of its own."""
+    parts, home = path.split(".") if path else [], model
+    for part in parts:
+        held = getattr(home, part)
+        if not isinstance(held, nn.Module):
+            held = copy.copy(held)
+            setattr(home, part, held)
+        home = held
+    return home
 
 
 def caches(model: nn.Module) -> list[dict]:

@@ -190,6 +190,9 @@ def follow(model: nn.Module, plan: Plan, copies: Mapping[str, str]) -> Plan:
                 here = f"{twin}{name.removeprefix(of)}"
                 for path, length in plan.get("attributes", {}).items():
                     layer, _, attribute = path.rpartition(".")
+                    while layer not in modules:  # settings that a module has
+                        layer, _, holder = layer.rpartition(".")
+                        attribute = f"{holder}.{attribute}"
                     if modules[layer] is module:
                         more["attributes"][f"{here}.{attribute}"] = length
                 for layer, length in plan.get("biases", {}).items():
