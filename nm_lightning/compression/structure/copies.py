@@ -43,7 +43,8 @@ def check_values(model: nn.Module, read: Set[str]) -> None:
             raise InputError(f"{name} has no data, it is on the meta device: load the weights first")
         if tensor.dtype.itemsize < 2:
             raise InputError(f"{name} is {str(tensor.dtype).removeprefix('torch.')}: give float16 or wider")
-        if bool((~tensor.isfinite() if name in read else tensor.isnan()).any()):
+        ends = torch.stack(tensor.aminmax()) if tensor.numel() else tensor  # nan, if anything is
+        if bool((~ends.isfinite() if name in read else ends.isnan()).any()):
             raise InputError(f"{name} holds values that are not finite: has the training diverged?")
 
 
