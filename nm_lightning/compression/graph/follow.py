@@ -388,6 +388,8 @@ class Follower:
         """The module's attributes of that number, which its code expects to be that of these neurons, go with it."""
         for neurons, dim in self.measured(size) if size.target == "size" else ():
             for name in () if constant(neurons, dim) else self.attributes(self.module_named(module), number):
+                if len(varying(neurons)) > 1 and not counts_heads(name):
+                    continue  # as the number of a block's paths
                 call = Call(size, "", None, (), {}, (), [], None)
                 member = Member(module, "channels", [], {name: 1}, self.settle(neurons, dim))
                 self.see(call, member, f" expected by {name}")

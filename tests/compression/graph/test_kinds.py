@@ -147,3 +147,28 @@ def test_a_filter_of_each_channel_may_be_a_function(own):
     assert result.model[0].out_channels == 8
     assert result.model[2].filter.shape[0] == (8 if own else 1)
     assert result.model[2].channels == (8 if own else None)
+
+
+class Selective(nn.Module):
+    """Two paths, and a gate that chooses between them for each channel; its code expects as many paths as it has."""
+
+    def __init__(self, channels=16, paths=2):
+        super().__init__()
+        self.paths = paths
+        self.convs = nn.ModuleList(nn.Conv2d(channels, channels, 2 * i + 1, padding=i) for i in range(paths))
+        self.squeeze, self.select = nn.Conv2d(channels, 8, 1), nn.Conv2d(8, paths * channels, 1)
+
+    def forward(self, x):
+        x = torch.stack([conv(x) for conv in self.convs], dim=1)
+        assert x.shape[1] == self.paths
+        gate = self.select(self.squeeze(x.sum(1).mean((2, 3), keepdim=True)).relu())
+        b, c, h, w = gate.shape
+        return (x * gate.view(b, self.paths, c // self.paths, h, w).softmax(dim=1)).sum(dim=1)
+
+
+def test_a_number_of_paths_is_no_number_of_channels():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), Selective(), nn.Flatten(), nn.Linear(16 * 64, 5))
+    result = agrees(model, torch.randn(IMAGE))
+    assert result.model[1].paths == 2 and result.model[1].select.out_channels == 16
+    assert result.model[1].convs[1].out_channels == 8
