@@ -42,7 +42,7 @@ from nm_lightning.compression.structure.sites import Member
 
 # where sizes only give shapes
 SHAPED = {"zeros", "ones", "empty", "newzeros", "newones", "newempty", "rand", "randn", "layernorm"}
-SHAPED |= {"conv1d", "conv2d", "conv3d"}  # a number of groups
+SHAPED |= {"conv1d", "conv2d", "conv3d"}  # of which it is the number of groups
 SHAPED_KINDS = {"move", "pool", "resample", "pad"}
 
 Slots = list[tuple[str, int]]  # see `Member`
@@ -170,10 +170,6 @@ class Follower:
             return self.root.get_submodule(name)
         except AttributeError:
             return None
-
-    def attributes(self, module: nn.Module | None, value: int | list[int]) -> list[str]:
-        """The attributes of a module that hold a number, or a list or tuple of these numbers."""
-        return attributes_of(module, value)
 
     # -- what rules say
 
@@ -387,7 +383,7 @@ class Follower:
     def _expect(self, size: fx.Node, number: int, module: str) -> None:
         """The module's attributes of that number, which its code expects to be that of these neurons, go with it."""
         for neurons, dim in self.measured(size) if size.target == "size" else ():
-            for name in () if constant(neurons, dim) else self.attributes(self.module_named(module), number):
+            for name in () if constant(neurons, dim) else attributes_of(self.module_named(module), number):
                 if len(varying(neurons)) > 1 and not counts_heads(name):
                     continue  # as the number of a block's paths
                 call = Call(size, "", None, (), {}, (), [], None)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.func import functional_call
 
+from nm_lightning.compression.graph.attributes import attributes_of
 from nm_lightning.compression.graph.follow import Follower
 from nm_lightning.compression.graph.neurons import along, is_nobodys, lay_along, nobody, varying
 from nm_lightning.compression.graph.nodes import operation_name, where
@@ -66,11 +67,11 @@ def convolution(follower: Follower, call: Call) -> Tensor:
 def _each_group_for_itself(follower: Follower, call: Call, dim: int) -> Tensor:
     """What a group reads and makes stays or goes as one, as each channel of a depthwise convolution does."""
     layer = call.layer
-    runs = follower.settle(call.source, dim).view(layer.groups, -1)
-    follower.tie(runs, runs[:, :1], f"{call.name} reads whole groups")
+    channels = follower.settle(call.source, dim)
+    firsts = follower.tie_runs(channels, len(channels) // layer.groups, f"{call.name} reads whole groups")
     made = layer.out_channels // layer.groups
     counts = {"out_channels": 1, "in_channels": Fraction(layer.out_channels, layer.in_channels), "groups": made}
-    first = replace(call, source=lay_along(runs[:, 0], dim, call.source.ndim))
+    first = replace(call, source=lay_along(firsts, dim, call.source.ndim))
     slots = follower.slots(call, 0, "weight", "bias")
     return follower.pass_through(first, slots, dim, counts, f"{call.name} filters each group on its own", made)
 
@@ -139,7 +140,7 @@ def own_norm(follower: Follower, call: Call) -> Any:
     if along_channels:
         slots = [(follower.name_of(each, f"{call.name}.{label}"), each.shape.index(channels))
                  for label, each in own.items()]  # fmt: skip
-        held = [name for value in (channels, [channels]) for name in follower.attributes(call.layer, value)]
+        held = [name for value in (channels, [channels]) for name in attributes_of(call.layer, value)]
         counts = dict.fromkeys(held, 1)
         return follower.pass_through(call, slots, dims[0], counts, f"{call.name} mixes channels")
     follower.hold(call.source, -1, f"{call.name} normalises over several dimensions")
@@ -206,9 +207,8 @@ def multi_head_attention(follower: Follower, call: Call) -> Any:
     reads = along(inputs[0], 2)
     for source in inputs[1:]:
         follower.tie(reads, along(source, 2), f"{name} reads them together")
-    heads = reads.view(layer.num_heads, layer.head_dim)
-    follower.tie(heads, heads[:, :1].expand_as(heads), f"{name} has whole heads")
-    inner = heads[:, :1].expand_as(heads).reshape(-1)
+    heads = follower.tie_runs(reads, layer.head_dim, f"{name} has whole heads")
+    inner = heads.repeat_interleave(layer.head_dim)
     follower.see(call, Member(name, "columns", [(own["in_proj_weight"], 1)], {}, reads))
     counts = {"embed_dim": 1, "kdim": 1, "vdim": 1, "num_heads": layer.head_dim}
     follower.see(call, Member(name, "channels", [], counts, inner))
@@ -280,7 +280,7 @@ def _functional_filter(follower: Follower, call: Call, nodes: dict[str, Any], at
     """A convolution of each channel for itself, by filters of a tensor of the network's, or by one filter for all."""
     home, groups, weight = call.node.meta["module"], nodes.get("groups", 1), nodes["weight"]
     dim, bias = call.value.ndim - follower.recorder.values[weight].ndim + 1, nodes.get("bias")
-    held = follower.attributes(follower.module_named(home), groups) if isinstance(groups, int) else []
+    held = attributes_of(follower.module_named(home), groups) if isinstance(groups, int) else []
     slots = [(follower.name_of(follower.recorder.values[own], own.target), 0) for own in (weight, bias)
              if isinstance(own, fx.Node) and own.op == "get_attr"]  # fmt: skip
     one = isinstance(weight, fx.Node) and operation_name(weight, None) == "expand" and bias is None

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from nm_lightning.compression.graph.attributes import counts_heads, settings_of, tell_apart
+from nm_lightning.compression.graph.attributes import attributes_of, counts_heads, settings_of, tell_apart
 from nm_lightning.compression.graph.follow import Follower
 from nm_lightning.compression.graph.neurons import along, canonical, constant, lay_along, shrink, varying
 from nm_lightning.compression.graph.nodes import where
@@ -92,7 +92,7 @@ def _parts_that_stay(follower: Follower, call: Call, parts: list[Tensor], sizes:
 
 def _attributes(follower: Follower, call: Call, value: int | list[int]) -> list[str]:
     """Those of the module whose code this is."""
-    return follower.attributes(follower.module_named(call.name or call.node.meta["module"]), value)
+    return attributes_of(follower.module_named(call.name or call.node.meta["module"]), value)
 
 
 def _note_lengths(follower: Follower, call: Call, paths: list[str], owner: Tensor) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from nm_lightning.compression.settings import Criterion
 from nm_lightning.compression.statistics.subject import Subject
 from nm_lightning.compression.structure.sites import Member, Site
-from nm_lightning.compression.structure.vectors import neuron_vectors
+from nm_lightning.compression.structure.vectors import vectors_in_parts
 
 AT_ONCE = 2**20
 
@@ -41,8 +41,7 @@ class WeightCriterion(Criterion):
         """The scores of what a layer makes, `AT_ONCE` weights at a time where that is possible: memory is slow."""
         count, width = len(producer.owner), subject.tensors[producer.slots[0][0]].numel() // len(producer.owner)
         step = max(1, AT_ONCE // width) if self.alone else count
-        parts = (slice(first, first + step) for first in range(0, count, step))
-        return torch.cat([self.score(neuron_vectors(producer, subject.tensors, with_bias, part)) for part in parts])
+        return torch.cat([*map(self.score, vectors_in_parts(producer, subject.tensors, with_bias, step))])
 
 
 class L1Norm(WeightCriterion):

@@ -31,7 +31,6 @@ CLOSE = 1e-5  # of a layer's scale: float32 rounds no worse in most networks; wh
 CLOSER = 1e-9  # where it must be this close
 FALLBACK = 1e-3  # for networks that can't be run in float64
 FEW = 2  # inputs are enough
-PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # whose columns are their input's channels
 OUTPUT = "the network's output"
 
 
@@ -206,15 +205,14 @@ def masked(
     result = duplicate(model)
     tensors = named_tensors(result)
     read = [(each, each.stays(keeps[site.name])) for site in sites for each in site.consumers]
-    called = [] if copied else [each.name for each, _ in read if each.called]
-    layers = {name: result.get_submodule(name) for name in called}
-    handed = {name for name, layer in layers.items() if type(layer) in PLAIN}
+    layers = {each.name: result.get_submodule(each.name) for each, _ in read if each.called and not copied}
+    handed = {name: layer for name, layer in layers.items() if type(layer) in SOLVABLE}  # no subclass, which may differ
     names = {each.slots[0][0] for each, _ in read if each.name not in handed}
     names |= {name for site in sites for pair in site.pairs for name in rows_of(pair.maker, tensors)}
     values = {name: tensors[name].detach().clone() for name in names}
     for consumer, stays in read:
         if consumer.name in handed:
-            layers[consumer.name].register_forward_pre_hook(partial(_without, ~stays), with_kwargs=True)
+            handed[consumer.name].register_forward_pre_hook(partial(_without, ~stays), with_kwargs=True)
         else:
             silence(values, consumer, stays)
     for site in sites:

@@ -1,6 +1,6 @@
 """A neuron as a vector of its weights, and what the BatchNorm behind it does."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -9,21 +9,28 @@ from torch import Tensor
 from nm_lightning.compression.structure.sites import Member
 
 
-def neuron_vectors(member: Member, tensors: Mapping[str, Tensor], with_bias: bool, part: slice = slice(None)) -> Tensor:
+def neuron_vectors(member: Member, tensors: Mapping[str, Tensor], with_bias: bool) -> Tensor:
     """Each neuron's weight vector `w_i`: `(n, d)` in float32, the bias appended where asked for and present.
 
     Args:
         member: a producer.
         tensors: the network's, by name.
         with_bias: whether a bias belongs to the vector.
-        part: which of the neurons.
     """
+    (whole,) = vectors_in_parts(member, tensors, with_bias, len(member.owner))
+    return whole
+
+
+def vectors_in_parts(member: Member, tensors: Mapping[str, Tensor], with_bias: bool, neurons: int) -> Iterator[Tensor]:
+    """The same for so many `neurons` at a time."""
     (weight, dim), *others = member.slots
     positions, rows = member.positions(), tensors[weight].detach().movedim(dim, 0)
     as_they_lie = torch.equal(positions[:, 0], torch.arange(len(rows)))  # nothing to gather
-    parts = [(rows[part] if as_they_lie else rows[positions[part]]).flatten(1)]
-    parts += [tensors[bias].detach()[positions[part]] for bias, _ in others if with_bias]
-    return (torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]).float()
+    for first in range(0, len(positions), neurons):
+        own = slice(first, first + neurons)
+        parts = [(rows[own] if as_they_lie else rows[positions[own]]).flatten(1)]
+        parts += [tensors[bias].detach()[positions[own]] for bias, _ in others if with_bias]
+        yield (torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]).float()
 
 
 @dataclass(frozen=True)
